@@ -1,0 +1,163 @@
+"""nbdkit plugin that serves the internal snapshots of a qcow2 image, read-only.
+
+    nbdkit python plugin/qcow2snap.py file=disk.qcow2 snapshot=nightly
+
+The callbacks below are in the order of their life in nbdkit; what they do is in the package
+qcow2snap_core, beside this folder in a checkout and among Python's packages when installed.
+"""
+
+import errno
+import os
+import sys
+import traceback
+
+import nbdkit
+
+_checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
+    sys.path.insert(0, _checkout)
+
+from qcow2snap_core import Error, Image, UsageError, __version__  # noqa: E402
+from qcow2snap_core.disk import Disk  # noqa: E402
+from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
+from qcow2snap_core.settings import Settings  # noqa: E402
+from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
+from qcow2snap_core.threadstate import KeptThreadState  # noqa: E402
+
+API_VERSION = 2
+
+MOST_EXPORTS = 10_000  # nbdkit_add_export refuses more
+MAX_BLOCK = 0xFFFFFFFF  # "no maximum"
+MIN_PREFERRED = 4096
+
+_settings = Settings()
+_image: Image
+_pinned: tuple[Snapshot, Disk] | None = None  # with snapshot=; the disk keeps its caches warm
+
+# nbdkit prints what this function returns for an exception.  Ours are written for users and are
+# one line; any other is a bug and keeps its traceback.
+_format_exception = traceback.format_exception
+
+
+def _one_line(kind, value=None, *args, **kwargs):
+    error = kind if value is None else value
+    if isinstance(error, Error):
+        return [str(error)]
+    if isinstance(error, MemoryError):
+        return ["out of memory"]
+    return _format_exception(kind, value, *args, **kwargs)
+
+
+traceback.format_exception = _one_line
+
+
+def dump_plugin():
+    print(f"qcow2snap_version={__version__}", flush=True)
+
+
+def config(key, value):
+    _settings.set(key, value)
+
+
+def config_complete():
+    global _image, _pinned
+    _image = _settings.open_image()
+    choice = _settings.choice
+    if choice is not None:
+        snapshot = choose(_image.table(), choice, _image.path)
+        _pinned = snapshot, _image.disk(snapshot)
+
+
+def thread_model():
+    # One request at a time per connection, on that connection's thread: see threadstate.py.
+    return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
+
+
+def _snapshots():
+    """Those that are served, as of now."""
+    if _pinned is None:
+        return _image.snapshots
+    snapshot, disk = _pinned
+    disk.check()
+    return (snapshot,)
+
+
+def list_exports(readonly, is_tls):
+    return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
+
+
+def default_export(readonly, is_tls):
+    return default(exports_of(_snapshots())) or ""
+
+
+class Connection:
+    """One client's open export."""
+
+    __slots__ = ("disk", "export", "kept")
+
+    def __init__(self, export: Export) -> None:
+        self.export = export
+        self.disk = _image.disk(export.snapshot, export.vm_state)
+        self.kept = KeptThreadState()
+
+
+def open(readonly):  # noqa: A001 (nbdkit's name)
+    try:
+        name = nbdkit.export_name()
+    except UnicodeDecodeError:
+        raise UsageError("a client asked for an export name that is not UTF-8") from None
+    snapshots = _snapshots()
+    return Connection(find(exports_of(snapshots), snapshots, name))
+
+
+def export_description(h):
+    return h.export.description
+
+
+def get_size(h):
+    return h.disk.size
+
+
+def block_size(h):
+    return 1, max(MIN_PREFERRED, h.disk.cluster_size), MAX_BLOCK
+
+
+def is_rotational(h):
+    return False
+
+
+def can_multi_conn(h):
+    return True
+
+
+def can_extents(h):
+    return True
+
+
+def can_cache(h):
+    return nbdkit.CACHE_NATIVE
+
+
+def pread(h, buf, offset, flags):
+    try:
+        h.disk.pread_into(buf, offset)
+    except Exception:
+        nbdkit.set_error(errno.EIO)
+        raise
+
+
+def extents(h, count, offset, flags):
+    try:
+        found = h.disk.extents(offset, count)
+        return [next(found)] if flags & nbdkit.FLAG_REQ_ONE else list(found)
+    except Exception:
+        nbdkit.set_error(errno.EIO)
+        raise
+
+
+def cache(h, count, offset, flags):
+    h.disk.prefetch(offset, count)
+
+
+def close(h):
+    h.kept.release()

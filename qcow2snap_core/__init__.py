@@ -1,0 +1,50 @@
+"""qcow2snap_core: read the internal snapshots of qcow2 images.
+
+import qcow2snap_core
+
+with qcow2snap_core.open("disk.qcow2") as image:
+    for snapshot in image.snapshots:
+        print(snapshot.id, snapshot.name)
+    disk = image.snapshot("nightly")
+    first_sector = disk.pread(512, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .disk import Disk, Extent
+from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
+from .image import Image, Options, open_image
+from .snapshots import Snapshot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Disk",
+    "Error",
+    "Extent",
+    "Image",
+    "ImageError",
+    "Snapshot",
+    "SnapshotGone",
+    "StorageError",
+    "UsageError",
+    "open",
+]
+
+
+def open(  # noqa: A001 (the name that users expect, as of gzip.open)
+    path: str,
+    *,
+    allow_dirs: Iterable[str] = (),
+    backing_format: str | None = None,
+    l2_cache_size: int = Options.l2_cache_size,
+    cluster_cache_size: int = Options.cluster_cache_size,
+) -> Image:
+    """Open a qcow2 image; the keywords mean what the plugin's keys mean.  Sizes in bytes.
+
+    Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read.
+    """
+    options = Options(tuple(allow_dirs), backing_format, l2_cache_size, cluster_cache_size)
+    return open_image(path, options)

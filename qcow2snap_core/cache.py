@@ -1,0 +1,56 @@
+"""A cache with a bound in bytes, shared by all threads: L2 tables and decoded clusters live here.
+
+What has been longest in it goes first.  A hit therefore changes nothing, costs one dictionary
+look-up and needs no lock; that is worth more here than what a least-recently-used order would
+keep, since losing an entry costs one read from the page cache or one decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class BoundedCache(Generic[K, V]):
+    """At most ``limit`` bytes of values, the oldest dropped first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._items: dict[K, V] = {}
+        self._sizes: dict[K, int] = {}
+        self._lock = Lock()
+        self._loading: dict[K, Lock] = {}
+        #: ``get(key)``: the value or None.
+        self.get = self._items.get
+
+    def load(self, key: K, make: Callable[[], V], size: int) -> V:
+        """The value of ``key``, made on first use: once, however many threads wait for it.
+
+        ``size`` is what it weighs in bytes.  A value larger than the bound is made and not kept.
+        """
+        try:
+            with self._loading.setdefault(key, Lock()):
+                value = self._items.get(key)
+                if value is None:
+                    value = make()
+                    self._put(key, value, size)
+                return value
+        finally:
+            self._loading.pop(key, None)
+
+    def _put(self, key: K, value: V, size: int) -> None:
+        if size > self.limit:
+            return
+        with self._lock:
+            while self.used + size > self.limit:
+                oldest = next(iter(self._items))
+                del self._items[oldest]
+                self.used -= self._sizes.pop(oldest)
+            self._items[key] = value
+            self._sizes[key] = size
+            self.used += size

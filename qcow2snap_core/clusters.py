@@ -1,0 +1,116 @@
+"""What the bytes of a run are: read as they stand, or decoded and kept for the next request.
+
+Short reads are judged here.  QEMU extends a file only as far as it has written, so the last
+cluster may be cut short and the rest of it reads as zeros; and it does not pad the last
+compressed stream to a full sector.  Anything else past the end of the file is damage.
+"""
+
+from __future__ import annotations
+
+from . import ondisk as q
+from .cache import BoundedCache
+from .codecs import Codec
+from .errors import ImageError
+from .storage import Buffer, Storage
+
+#: Decoded clusters by (token of the mapping, guest offset of the cluster).
+ClusterCache = BoundedCache[tuple[int, int], "bytes | bytearray"]
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def fill_zeros(view: memoryview) -> None:
+    """Overwrite a buffer with zeros, without making a second one of its size."""
+    for at in range(0, len(view), len(_ZEROS)):
+        piece = view[at : at + len(_ZEROS)]
+        piece[:] = _ZEROS[: len(piece)]
+
+
+class Clusters:
+    """Reads the data of one qcow2 file's clusters."""
+
+    def __init__(
+        self, metadata: Storage, data: Storage, cluster_bits: int, codec: Codec, cache: ClusterCache
+    ) -> None:
+        """``metadata`` is the image file, ``data`` the file that holds its standard clusters."""
+        self._file = metadata
+        self._data = data
+        self._size = 1 << cluster_bits
+        self._codec = codec
+        self._cache = cache
+        # The descriptor's layout (spec: "Compressed Clusters Descriptor").
+        self._offset_bits = 62 - (cluster_bits - 8)
+        self._offset_mask = (1 << self._offset_bits) - 1
+        self._sectors_mask = (1 << cluster_bits - 8) - 1
+
+    def read(self, buffer: Buffer, host: int) -> None:
+        """Fill ``buffer`` from the standard clusters at host offset ``host``."""
+        got = self._data.read_into(buffer, host)
+        if got < len(buffer):
+            self._check_end(host, len(buffer), host + got)
+            fill_zeros(memoryview(buffer)[got:])
+
+    def read_compressed(
+        self, view: memoryview, entry: int, token: int, guest: int, within: int
+    ) -> None:
+        """Fill ``view`` from byte ``within`` of the compressed cluster at guest offset ``guest``,
+        decoding it unless it is in the cache."""
+        cluster = self._cache.get((token, guest))
+        if cluster is None:
+            cluster = self.load(entry, token, guest)
+        view[:] = memoryview(cluster)[within : within + len(view)]
+
+    def load(self, entry: int, token: int, guest: int) -> bytes | bytearray:
+        """The decoded cluster, which the cache then holds."""
+        return self._cache.load((token, guest), lambda: self._decode(entry), self._size)
+
+    def will_need(self, host: int, length: int) -> None:
+        """Start to fetch standard clusters from the disk."""
+        self._data.will_need(host, length)
+
+    def locate(self, compressed: bool, host: int, length: int) -> int:
+        """The host offset of a run's bytes, once it is sure that the file reaches that far.
+
+        Raises ImageError where it does not.
+        """
+        if not compressed:
+            self._check_end(host, length, self._data.size())
+            return host
+        offset, length = self._stream(host)
+        self._check_stream(offset, length, self._file.size())
+        return offset
+
+    # --- Inside ---
+
+    def _decode(self, entry: int) -> bytes | bytearray:
+        offset, length = self._stream(entry)
+        stream = self._file.read(length, offset)
+        if len(stream) < length:
+            self._check_stream(offset, length, offset + len(stream))
+        try:
+            return self._codec.decode(stream, self._size)
+        except ImageError as e:
+            raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
+
+    def _stream(self, entry: int) -> tuple[int, int]:
+        """(host offset, length in bytes up to the end of its last sector) of a compressed
+        cluster's stream, from its L2 entry."""
+        offset = entry & self._offset_mask
+        sectors = (entry >> self._offset_bits & self._sectors_mask) + 1
+        return offset, sectors * q.SECTOR - offset % q.SECTOR
+
+    def _check_end(self, host: int, length: int, end: int) -> None:
+        """The file's last cluster counts as whole, however little of it was written."""
+        if host + length > -(-end // self._size) * self._size:
+            raise ImageError(
+                f"the data cluster at host offset {host & -self._size:#x} "
+                f"lies past the end of the file ({end} bytes)"
+            )
+
+    def _check_stream(self, offset: int, length: int, end: int) -> None:
+        """So does its last sector for a compressed stream."""
+        if offset + length > -(-end // q.SECTOR) * q.SECTOR:
+            raise ImageError(
+                f"the compressed cluster at host offset {offset:#x} "
+                f"lies past the end of the file ({end} bytes)"
+            )

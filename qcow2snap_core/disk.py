@@ -1,0 +1,260 @@
+"""A snapshot as a disk: its size, its bytes and its extents, the layers below merged in.
+
+A :class:`Disk` puts the parts together.  The mapping says what lies where, the clusters read it,
+what is unallocated comes from the layer below, and the guard has the last word: it is asked
+after the bytes have been read, and before anybody sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from .clusters import Clusters, fill_zeros
+from .errors import Error, ImageError, StorageError
+from .guard import Guard
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
+from .storage import Buffer, Storage
+
+if TYPE_CHECKING:
+    from .raw import RawDisk
+
+# Extent types, with the numbers of NBD's base:allocation.
+ALLOCATED: Final = 0
+HOLE_ZERO: Final = 3
+
+
+class Extent(NamedTuple):
+    """A range of one type."""
+
+    offset: int  #: in the disk, bytes
+    length: int
+    type: int  #: ALLOCATED or HOLE_ZERO
+
+
+class Piece(NamedTuple):
+    """A range with where it is from; neighbours may be alike."""
+
+    offset: int
+    length: int
+    type: int
+    host: int | None  #: in the image file itself; None for zeros and for other layers' data
+
+
+class Layer(Protocol):
+    """What can lie below: a raw file, or another qcow2 file's active disk."""
+
+    size: int
+    depth: int  #: how many layers there are from here down
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Fill the view; the range lies inside the layer.  Raises ImageError, StorageError."""
+
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        """The range, lazily; merging is up to the caller."""
+
+
+class RawLayer:
+    """A raw backing file: its bytes are the disk's, its holes are zeros."""
+
+    depth = 1
+
+    def __init__(self, storage: Storage) -> None:
+        self.size = storage.size()
+        self._storage = storage
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        got = self._storage.read_into(view, offset)
+        if got < len(view):
+            raise StorageError(
+                f"{self._storage.path} ended at {offset + got:#x}, it has {self.size} bytes no more"
+            )
+
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        for start, n, hole in self._storage.holes(offset, length):
+            yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
+
+
+# How many look-ups one request for extents may cost, over all layers: well under a second.
+_MOST_PIECES: Final = 1 << 17
+_BATCH: Final = 4096
+
+
+class Disk:
+    """A snapshot's disk or saved VM state, or a backing file's active disk.  Read-only."""
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        mapping: Mapping,
+        clusters: Clusters,
+        guard: Guard,
+        below: Layer | None = None,
+        base: int = 0,
+    ) -> None:
+        """``name`` is for error lines; ``base`` the guest offset where this disk begins."""
+        self.name = name
+        self.size = size
+        self.cluster_size = mapping.cluster_size
+        self.depth = 1 + (below.depth if below else 0)
+        self._mapping = mapping
+        self._clusters = clusters
+        self._guard = guard
+        self._below = below
+        self._base = base
+
+    # --- What users call ---
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset``; raises as :meth:`pread_into`."""
+        data = bytearray(length)
+        self.pread_into(data, offset)
+        return bytes(data)
+
+    def pread_into(self, buffer: Buffer, offset: int) -> None:
+        """Fill a writable buffer of bytes from ``offset``.
+
+        Raises ValueError outside the disk; ImageError or StorageError when the content cannot be
+        had, SnapshotGone when the snapshot was deleted.  The buffer then holds nothing of use.
+        """
+        if offset < 0 or offset + len(buffer) > self.size:
+            raise ValueError(f"{len(buffer)} bytes at {offset} are outside the disk of {self.size}")
+        try:
+            self._fill(buffer, offset)
+        except (ImageError, StorageError):
+            self._guard.check()  # if it is gone, that is the reason for anything
+            raise
+        self._guard.check()
+
+    def check(self) -> None:
+        """Raises SnapshotGone when the snapshot was deleted."""
+        self._guard.check()
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as ALLOCATED and HOLE_ZERO extents, coalesced, from the tables alone.
+
+        It ends early after a bounded amount of work, never before its first extent.
+        Raises as :meth:`pread_into`, for a range that needs a damaged table.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
+        pieces = islice(self.checked_pieces(offset, length), _MOST_PIECES // self.depth)
+        last: Extent | None = None
+        for start, n, kind, _ in pieces:
+            if last is not None and last.type == kind:
+                last = Extent(last.offset, last.length + n, kind)
+            else:
+                if last is not None:
+                    yield last
+                last = Extent(start, n, kind)
+        if last is not None:
+            yield last
+
+    def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        """As :meth:`pieces`, with the guard asked before any of them is handed out."""
+        pieces = self.pieces(offset, length)
+        while True:
+            try:
+                batch = list(islice(pieces, _BATCH))
+            except (ImageError, StorageError):
+                self._guard.check()
+                raise
+            self._guard.check()
+            if not batch:
+                return
+            yield from batch
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Start to fetch what a read of the range will want; errors are left to that read."""
+        try:
+            for kind, host, guest, n in self._mapping.runs(self._base + offset, length):
+                if kind == DATA:
+                    self._clusters.will_need(host, n)
+                elif kind == COMPRESSED:
+                    self._clusters.load(host, self._mapping.token, guest & -self.cluster_size)
+        except Error:
+            return
+
+    def raw(self) -> RawDisk:
+        """The disk as a seekable, read-only file object."""
+        from .raw import RawDisk
+
+        return RawDisk(self)
+
+    # --- What a layer does (class Layer) ---
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        self._fill(view, offset)
+
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        if not length:
+            return
+        for kind, host, guest, n in self._runs(offset, length):
+            start = guest - self._base
+            if kind in (DATA, COMPRESSED):
+                try:
+                    offset = self._clusters.locate(kind == COMPRESSED, host, n)
+                except ImageError as e:
+                    raise self._located(e, guest) from e
+                yield Piece(start, n, ALLOCATED, offset)
+            elif kind == ZERO or self._below is None:
+                yield Piece(start, n, HOLE_ZERO, None)
+            else:
+                inside = max(0, min(n, self._below.size - start))
+                if inside:
+                    for piece in self._below.pieces(start, inside):
+                        yield piece._replace(host=None)
+                if inside < n:
+                    yield Piece(start + inside, n - inside, HOLE_ZERO, None)
+
+    # --- Inside ---
+
+    def _fill(self, buffer: Buffer, offset: int) -> None:
+        length = len(buffer)
+        guest = self._base + offset
+        try:
+            kind, host, n = self._mapping.run(guest, length)
+            if kind == DATA and n == length:
+                self._clusters.read(buffer, host)
+                return
+        except (ImageError, StorageError) as e:
+            raise self._located(e, guest) from e
+        view = memoryview(buffer).cast("B")
+        for kind, host, guest, n in self._runs(offset, length):
+            start = guest - self._base
+            piece = view[start - offset : start - offset + n]
+            try:
+                if kind == DATA:
+                    self._clusters.read(piece, host)
+                elif kind == COMPRESSED:
+                    within = guest & (self.cluster_size - 1)
+                    token = self._mapping.token
+                    self._clusters.read_compressed(piece, host, token, guest - within, within)
+                elif kind == UNALLOCATED and self._below is not None:
+                    self._fill_from_below(piece, start, self._below)
+                else:
+                    fill_zeros(piece)
+            except (ImageError, StorageError) as e:
+                raise self._located(e, guest) from e
+
+    def _fill_from_below(self, view: memoryview, offset: int, below: Layer) -> None:
+        inside = max(0, min(len(view), below.size - offset))
+        if inside:
+            below.fill(view[:inside], offset)
+        fill_zeros(view[inside:])
+
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """The mapping's runs, with its errors located."""
+        guest = self._base + offset
+        try:
+            for run in self._mapping.runs(guest, length):
+                yield run
+                guest = run[2] + run[3]
+        except (ImageError, StorageError) as e:
+            raise self._located(e, guest) from e
+
+    def _located(self, e: Error, guest: int) -> Error:
+        """The same error, saying whose and which guest offset could not be read."""
+        return type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e}")

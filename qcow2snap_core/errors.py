@@ -1,0 +1,48 @@
+"""What can go wrong, in three kinds: the user's words, the image's content, the disk's answer.
+
+Every message is one lower-case line that says what and where; where a user can mend it, it
+says how.  Whatever comes out of an image or a command line goes through :func:`shown` first, so
+that a snapshot named with a line feed or an escape sequence cannot forge a line of a log.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """The base of all errors that this package raises on purpose; ``str()`` is one line."""
+
+
+class UsageError(Error):
+    """What was asked for cannot be: a bad value, no such snapshot, a file that is refused."""
+
+
+class ImageError(Error):
+    """The image says something that is damaged, impossible or not supported."""
+
+
+class StorageError(Error):
+    """The disk under the image failed: an I/O error, or the file is shorter than it was."""
+
+
+class SnapshotGone(ImageError):
+    """The snapshot that was served has been deleted; nothing of it can be read any more."""
+
+
+def shown(text: str | bytes) -> str:
+    """``text`` in quotes, on one line, whatever it holds."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    return "'" + "".join(c if c.isprintable() else _escaped(c) for c in text) + "'"
+
+
+def reason(error: OSError) -> str:
+    """What the operating system said, in lower case: ``no such file or directory``."""
+    said = error.strerror or str(error)
+    return said[:1].lower() + said[1:]
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

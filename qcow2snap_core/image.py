@@ -1,0 +1,224 @@
+"""One qcow2 file: its header, its snapshots, and the layers below it.
+
+Opening follows the chain of backing files down to its end, each through the policy of
+:mod:`.references`, and shares one pair of caches among all layers.  Snapshots are looked up when
+they are asked for, so that an image which a running QEMU has open shows the ones it has now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from types import TracebackType
+from typing import Final
+from weakref import WeakValueDictionary
+
+from . import ondisk as q
+from .cache import BoundedCache
+from .clusters import ClusterCache, Clusters
+from .codecs import Zlib
+from .disk import Disk, Layer, RawLayer
+from .errors import ImageError, UsageError, shown
+from .guard import SnapshotGuard, Unguarded
+from .header import Header, read_header
+from .mapping import Geometry, Mapping, TableCache
+from .references import Policy
+from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
+from .storage import Storage, open_storage
+
+BACKING_FORMATS: Final = ("raw", "qcow2")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to open an image; see the contract of the plugin's keys."""
+
+    allow_dirs: tuple[str, ...] = ()
+    backing_format: str | None = None  # of a backing file whose image records none
+    l2_cache_size: int = 32 << 20  # bytes
+    cluster_cache_size: int = 64 << 20
+
+
+class _Shared:
+    """What all layers of one image have in common."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.policy = Policy(options.allow_dirs)
+        self.tables: TableCache = BoundedCache(options.l2_cache_size)
+        self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size)
+        self.tokens = count()
+        self.storages: list[Storage] = []  # from the top down
+
+
+class Image:
+    """An open qcow2 file.  A context manager; safe to use from several threads."""
+
+    def __init__(self, storage: Storage, shared: _Shared) -> None:
+        """Use :func:`open_image`.  Owns the storage and those of the layers below."""
+        self.path = storage.path
+        self.storage = storage
+        self._shared = shared
+        self._disks: WeakValueDictionary[tuple[Identity, bool], Disk] = WeakValueDictionary()
+        _enter_chain(storage, shared)
+        self.header: Final[Header] = read_header(storage)
+        self._geometry = Geometry(
+            self.header.cluster_bits, self.header.version, self.header.extended_l2
+        )
+        self._clusters = Clusters(
+            storage, storage, self.header.cluster_bits, Zlib(), shared.clusters
+        )
+        self._below = self._open_below()
+
+    # --- Snapshots ---
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots that the file has now, in the table's order."""
+        return self.table().snapshots
+
+    def table(self) -> Table:
+        """The snapshot table that the file has now."""
+        return read_table(self.storage)
+
+    def snapshot(self, name: str) -> Disk:
+        """The disk of the snapshot with that ID, else of the first with that name.
+
+        Raises UsageError that lists what there is, ImageError when the snapshot is damaged.
+        """
+        return self.disk(choose(self.table(), Choice(name), self.path))
+
+    def disk(self, snapshot: Snapshot, vm_state: bool = False) -> Disk:
+        """The disk of a snapshot, or its saved VM state.
+
+        All who have it open share it.  Raises ImageError when it is damaged or already gone.
+        """
+        key = (snapshot.identity, vm_state)
+        disk = self._disks.get(key)
+        if disk is None:
+            disk = self._disks[key] = self._open_disk(snapshot, vm_state)
+        disk.check()
+        return disk
+
+    def _open_disk(self, snapshot: Snapshot, vm_state: bool) -> Disk:
+        what = f"snapshot {shown(snapshot.name)} (ID {snapshot.id}) of {shown(self.path)}"
+        size = snapshot.disk_size
+        self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
+        if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:
+            raise ImageError(f"{what}: its size of {size} bytes is impossible")
+        guard = SnapshotGuard(self.storage, snapshot)
+        mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size)
+        if not vm_state:
+            return Disk(what, size, mapping, self._clusters, guard, self._below)
+        # QEMU: qcow2_vm_state_offset.  No layer below has a part in it.
+        per_l1_entry = mapping.bytes_per_l1_entry
+        base = -(-size // per_l1_entry) * per_l1_entry
+        what = f"VM state of {what}"
+        return Disk(what, snapshot.vm_state_size, mapping, self._clusters, guard, base=base)
+
+    # --- The active disk, for the layer above ---
+
+    def active_disk(self) -> Disk:
+        """What the guest sees now; only right while nobody writes to it.
+
+        Raises ImageError when the active L1 table is damaged.
+        """
+        h = self.header
+        what = shown(self.path)
+        self._check_l1(h.l1_table_offset, h.l1_size, what)
+        if h.size > q.MAX_DISK_SIZE:
+            raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
+        mapping = self._mapping(h.l1_table_offset, h.l1_size)
+        return Disk(what, h.size, mapping, self._clusters, Unguarded(), self._below)
+
+    # --- Opening and closing ---
+
+    def close(self) -> None:
+        """Close the files; disks of it must not be used any more."""
+        for storage in self._shared.storages:
+            storage.close()
+        self._shared.storages.clear()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _mapping(self, l1_table_offset: int, l1_size: int) -> Mapping:
+        shared = self._shared
+        return Mapping(
+            self.storage,
+            self._geometry,
+            l1_table_offset,
+            l1_size,
+            shared.tables,
+            next(shared.tokens),
+        )
+
+    def _check_l1(self, offset: int, entries: int, what: str) -> None:
+        length = entries * q.L1_ENTRY_SIZE
+        if length > q.MAX_L1_BYTES:
+            raise ImageError(f"{what}: its L1 table of {entries} entries is larger than 32 MiB")
+        if not entries:
+            return
+        if offset % self.header.cluster_size or not offset:
+            raise ImageError(f"{what}: its L1 table's offset {offset:#x} is not one of a cluster")
+        end = self.storage.size()
+        if offset + length > end:
+            raise ImageError(
+                f"{what}: its L1 table, {length} bytes at host offset {offset:#x}, "
+                f"lies past the end of the file ({end} bytes)"
+            )
+
+    def _open_below(self) -> Layer | None:
+        name = self.header.backing_file
+        if name is None:
+            return None
+        options = self._shared.options
+        recorded = self.header.backing_format
+        form = options.backing_format if recorded is None else recorded
+        if form is None:
+            raise UsageError(
+                f"{shown(self.path)} does not record the format of its backing file {shown(name)}: "
+                f"add backing-format=raw or backing-format=qcow2"
+            )
+        if form not in BACKING_FORMATS:
+            raise UsageError(
+                f"the backing file {shown(name)} of {shown(self.path)} has the format "
+                f"{shown(form)}: only raw and qcow2 can be read, qemu-img convert can change it"
+            )
+        storage = self._shared.policy.open(name, self.storage, "backing file")
+        if form == "qcow2":
+            return Image(storage, self._shared).active_disk()
+        _enter_chain(storage, self._shared)
+        return RawLayer(storage)
+
+
+def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 (immutable)
+    """Open a qcow2 file and its backing chain, read-only and without any lock.
+
+    Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read.
+    """
+    shared = _Shared(options)
+    try:
+        return Image(open_storage(path), shared)
+    except BaseException:
+        for storage in shared.storages:
+            storage.close()
+        raise
+
+
+def _enter_chain(storage: Storage, shared: _Shared) -> None:
+    """Add a layer's file, which is closed with the image from here on."""
+    met = [s.inode for s in shared.storages]
+    shared.storages.append(storage)
+    if storage.inode in met:
+        raise ImageError(
+            f"the backing chain of {shown(shared.storages[0].path)} loops: "
+            f"{shown(storage.path)} comes up twice"
+        )
+    if len(met) >= q.MAX_CHAIN:
+        raise ImageError(f"the backing chain is longer than {q.MAX_CHAIN} files")

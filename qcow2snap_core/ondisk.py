@@ -1,0 +1,154 @@
+"""What the bytes of a qcow2 file mean: structures, bit masks and limits, all in one place.
+
+The names are those of QEMU's docs/interop/qcow2.txt ("the spec") and block/qcow2.h.  All numbers
+in the file are big-endian.  Nothing here reads a file or judges a value; that is done where a
+value is used, with the limits below.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Final
+
+
+def _defer(module: str) -> None:
+    """Let ``module`` be loaded at its first use.
+
+    construct imports the interactive debugger for its ``Debugger`` class, which costs a third of
+    construct's own import time in every server that starts; nobody here uses it.
+    """
+    spec = None if module in sys.modules else importlib.util.find_spec(module)
+    if spec is not None and spec.loader is not None:
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        lazy = importlib.util.module_from_spec(spec)
+        sys.modules[module] = lazy
+        spec.loader.exec_module(lazy)
+
+
+_defer("pdb")
+
+from construct import Bytes, Int16ub, Int32ub, Int64ub, Struct  # noqa: E402
+
+# --- The header (spec: "Header") -------------------------------------------------------------
+
+MAGIC: Final = b"QFI\xfb"
+HEADER_V2_LENGTH: Final = 72
+HEADER_V3_LENGTH: Final = 104  # "the minimum header_length for version 3"
+
+HEADER_V2: Final = Struct(
+    "magic" / Bytes(4),
+    "version" / Int32ub,
+    "backing_file_offset" / Int64ub,
+    "backing_file_size" / Int32ub,
+    "cluster_bits" / Int32ub,
+    "size" / Int64ub,
+    "crypt_method" / Int32ub,
+    "l1_size" / Int32ub,
+    "l1_table_offset" / Int64ub,
+    "refcount_table_offset" / Int64ub,
+    "refcount_table_clusters" / Int32ub,
+    "nb_snapshots" / Int32ub,
+    "snapshots_offset" / Int64ub,
+)
+
+HEADER_V3: Final = Struct(
+    "incompatible_features" / Int64ub,
+    "compatible_features" / Int64ub,
+    "autoclear_features" / Int64ub,
+    "refcount_order" / Int32ub,
+    "header_length" / Int32ub,
+)
+
+SIZE_OFFSET: Final = 24  # of "size" in the header
+
+# nb_snapshots and snapshots_offset: the twelve bytes that QEMU rewrites for every snapshot
+# taken or deleted (qcow2_write_snapshots).
+SNAPSHOT_FIELDS_OFFSET: Final = 60
+SNAPSHOT_FIELDS: Final = Struct("nb_snapshots" / Int32ub, "snapshots_offset" / Int64ub)
+SNAPSHOT_FIELDS_LENGTH: Final = 12
+
+INCOMPAT_DIRTY: Final = 1 << 0
+INCOMPAT_CORRUPT: Final = 1 << 1
+INCOMPAT_DATA_FILE: Final = 1 << 2
+INCOMPAT_COMPRESSION: Final = 1 << 3
+INCOMPAT_EXTL2: Final = 1 << 4
+
+AUTOCLEAR_DATA_FILE_RAW: Final = 1 << 1
+
+COMPRESSION_ZLIB: Final = 0
+COMPRESSION_ZSTD: Final = 1
+
+CRYPT_NONE: Final = 0
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
+
+# --- Header extensions (spec: "Header extensions") ---------------------------------------------
+
+EXTENSION: Final = Struct("type" / Int32ub, "length" / Int32ub)
+EXTENSION_LENGTH: Final = 8
+
+EXT_END: Final = 0x00000000
+EXT_BACKING_FORMAT: Final = 0xE2792ACA
+EXT_FEATURE_TABLE: Final = 0x6803F857
+EXT_CRYPTO_HEADER: Final = 0x0537BE77
+EXT_DATA_FILE: Final = 0x44415441
+
+CRYPTO_HEADER: Final = Struct("offset" / Int64ub, "length" / Int64ub)
+
+# A row of the feature name table: kind of feature, bit number, name padded with NUL.
+FEATURE_NAME_LENGTH: Final = 48
+
+# --- The snapshot table (spec: "Snapshots") ----------------------------------------------------
+
+SNAPSHOT_HEAD: Final = Struct(
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_str_size" / Int16ub,
+    "name_size" / Int16ub,
+    "date_sec" / Int32ub,
+    "date_nsec" / Int32ub,
+    "vm_clock_nsec" / Int64ub,
+    "vm_state_size" / Int32ub,
+    "extra_data_size" / Int32ub,
+)
+SNAPSHOT_HEAD_LENGTH: Final = 40
+
+# What of the extra data this reader knows; each part may be missing, more may follow.
+EXTRA_VM_STATE_SIZE: Final = slice(0, 8)
+EXTRA_DISK_SIZE: Final = slice(8, 16)
+EXTRA_ICOUNT: Final = slice(16, 24)
+ICOUNT_NONE: Final = 2**64 - 1
+
+# --- L1 and L2 entries (spec: "Cluster mapping") -----------------------------------------------
+
+OFLAG_COPIED: Final = 1 << 63  # refcount is one; QEMU flips it in place on a live image
+OFLAG_COMPRESSED: Final = 1 << 62
+OFLAG_ZERO: Final = 1 << 0
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  # bits 9 to 55 of an L1 or standard L2 entry
+
+L1_ENTRY_SIZE: Final = 8
+SUBCLUSTERS: Final = 32  # per cluster, with extended L2 entries
+
+SECTOR: Final = 512
+
+# --- Limits: what QEMU allows, and what a larger number in a hostile image would cost ----------
+
+MIN_CLUSTER_BITS: Final = 9
+MAX_CLUSTER_BITS: Final = 21  # a larger cluster would make every table and decode buffer huge
+MAX_L1_BYTES: Final = 32 << 20  # QCOW_MAX_L1_SIZE: memory and time to walk the table
+MAX_SNAPSHOTS: Final = 65536  # QCOW_MAX_SNAPSHOTS: entries to parse
+MAX_SNAPSHOT_TABLE_BYTES: Final = 64 << 20  # QCOW_MAX_SNAPSHOTS_SIZE: memory for the table
+MAX_EXTRA_DATA_BYTES: Final = 1024  # QCOW_MAX_SNAPSHOT_EXTRA_DATA
+MAX_BACKING_NAME: Final = 1023  # spec: "must not be longer than 1023 bytes"
+MAX_EXTENSIONS: Final = 64  # a cluster of 2 MiB holds 262,144 empty ones
+MAX_CHAIN: Final = 200  # open files and recursion; QEMU itself has no limit
+MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
+
+# Compiled parsers take a third of the time; a table of snapshots has many entries.
+parse_header_v2 = HEADER_V2.compile().parse
+parse_header_v3 = HEADER_V3.compile().parse
+parse_snapshot_fields = SNAPSHOT_FIELDS.compile().parse
+parse_extension = EXTENSION.compile().parse
+parse_crypto_header = CRYPTO_HEADER.compile().parse
+parse_snapshot_head = SNAPSHOT_HEAD.compile().parse

@@ -1,0 +1,69 @@
+"""What a name inside an image may open.
+
+An image names its backing file and its external data file, and whoever made the image chose the
+names.  So each is resolved to the real file first (:func:`.storage.open_storage` asks with the
+path of what it holds, symlinks gone), and then it must lie in the directory of the image that
+names it, in one below, or in one that the user trusts with ``allow-dir=``.  Protocol names, which
+QEMU would follow to a network server or into a ``json:`` tree, are refused outright.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from .errors import UsageError, reason, shown
+from .storage import Storage, open_storage
+
+
+class Policy:
+    """The directories in which referenced files may lie, besides the image's own."""
+
+    def __init__(self, allow_dirs: Iterable[str] = ()) -> None:
+        """``allow_dirs``: existing directories.  Raises UsageError for one that is not."""
+        self._allowed = tuple(_directory(d) for d in allow_dirs)
+
+    def open(self, name: bytes, image: Storage, role: str) -> Storage:
+        """Open the file that ``image`` names as its ``role`` ("backing file", "data file").
+
+        Raises UsageError when the policy refuses it or it cannot be opened.
+        """
+
+        def permit(real: str) -> None:
+            here = (image.directory, *self._allowed)
+            if not any(_lies_in(real, directory) for directory in here):
+                raise UsageError(
+                    f"{shown(real)} lies outside the directory of the image that names it: "
+                    f"add allow-dir={os.path.dirname(real)} if you trust it"
+                )
+
+        try:
+            path = os.path.join(image.directory, _plain_path(name))
+            return open_storage(path, permit)
+        except UsageError as e:
+            raise UsageError(f"the {role} of {shown(image.path)}: {e}") from e
+
+
+def _directory(path: str) -> str:
+    try:
+        os.scandir(path).close()
+    except OSError as e:
+        raise UsageError(f"allow-dir={path}: {reason(e)}: give an existing directory") from e
+    return os.path.realpath(path)
+
+
+def _lies_in(path: str, directory: str) -> bool:
+    """Compared by whole components: /srv/images-old does not lie in /srv/images."""
+    return os.path.commonpath((path, directory)) == directory
+
+
+def _plain_path(name: bytes) -> str:
+    """The path that the image's name means, relative ones not yet joined (QEMU's
+    path_has_protocol: a protocol name has a ``:`` before its first ``/``)."""
+    name = name.removeprefix(b"file:")
+    if b":" in name.split(b"/", 1)[0]:
+        raise UsageError(
+            f"{shown(name)} is a protocol name, only plain files are opened: "
+            f"qemu-img rebase -u can record a file's name"
+        )
+    return os.fsdecode(name)

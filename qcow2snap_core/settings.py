@@ -1,0 +1,79 @@
+"""The plugin's keys: what may be given, and what each value must be."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from .errors import UsageError
+from .image import BACKING_FORMATS, Image, Options, open_image
+from .snapshots import Choice
+from .units import parse_size
+
+_ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
+KEYS: Final = (
+    "file",
+    "snapshot",
+    "snapshot-id",
+    "snapshot-name",
+    "allow-dir",
+    "backing-format",
+    "l2-cache-size",
+    "cluster-cache-size",
+)
+
+
+class Settings:
+    """Collects ``KEY=VALUE`` as nbdkit hands them over, one at a time."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self._allow_dirs: list[str] = []
+
+    def set(self, key: str, value: str) -> None:
+        """Take one key.  Raises UsageError that names it when it or its value is wrong."""
+        key = _ALIASES.get(key, key)
+        if key not in KEYS:
+            raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
+        if key == "allow-dir":
+            self._allow_dirs.append(_from_here(key, value))
+            return
+        if key in self._values:
+            raise UsageError(f"{key}= is given twice: give it once")
+        self._values[key] = value
+        if key == "file":
+            self._values[key] = _from_here(key, value)
+        elif key == "backing-format" and value not in BACKING_FORMATS:
+            raise UsageError(f"{key}={value}: give raw or qcow2")
+        elif key.endswith("-size"):
+            try:
+                self._sizes[key] = parse_size(value)
+            except UsageError as e:
+                raise UsageError(f"{key}=: {e}") from e
+
+    @property
+    def choice(self) -> Choice | None:
+        """The one snapshot to serve, or None for all."""
+        choice = Choice(*map(self._values.get, ("snapshot", "snapshot-id", "snapshot-name")))
+        return None if choice == Choice() else choice
+
+    def open_image(self) -> Image:
+        """Raises UsageError when ``file=`` is missing, and what :func:`.open_image` raises."""
+        if "file" not in self._values:
+            raise UsageError("no image is given: add file=disk.qcow2")
+        options = Options(
+            allow_dirs=tuple(self._allow_dirs),
+            backing_format=self._values.get("backing-format"),
+            l2_cache_size=self._sizes.get("l2-cache-size", Options.l2_cache_size),
+            cluster_cache_size=self._sizes.get("cluster-cache-size", Options.cluster_cache_size),
+        )
+        return open_image(self._values["file"], options)
+
+
+def _from_here(key: str, value: str) -> str:
+    """Absolute, because nbdkit changes directory when it goes into the background; but not
+    normalized, since ``a/..`` need not be ``.`` when ``a`` is a symlink."""
+    if not value:
+        raise UsageError(f"{key}= is empty: give a path")
+    return os.path.join(os.getcwd(), value)

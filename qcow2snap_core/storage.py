@@ -1,0 +1,248 @@
+"""Where an image's bytes are: a regular file or a block device, opened read-only.
+
+Nothing else is ever opened.  A file is first taken hold of by a descriptor that can do nothing
+(``O_PATH``): what it is and where it really lies is asked of that descriptor, the policy is
+asked, and only then is the same inode opened for reading.  So a FIFO or a tape drive is never
+touched, and nobody can exchange the file between the check and the open.
+
+A regular file is read through the page cache, which QEMU's own writes keep coherent in every
+cache mode.  A block device is not: when QEMU writes it with O_DIRECT, another process's cached
+pages of it may stay stale, so it is read with O_DIRECT as well, through aligned buffers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+from .errors import Error, StorageError, UsageError, reason, shown
+
+Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
+
+
+class Storage(Protocol):
+    """Something with bytes at host offsets."""
+
+    path: str  # as an error line should name it
+    directory: str  # where the names in an image that lies here start from
+    inode: tuple[int, int]  # which file it is, by whatever name
+
+    def size(self) -> int:
+        """The present size in bytes; a live image grows."""
+
+    def read_into(self, buffer: Buffer, offset: int) -> int:
+        """Fill ``buffer`` from host ``offset``; fewer bytes only where the file ends.
+
+        Raises StorageError when the disk fails.
+        """
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Up to ``length`` bytes from host ``offset``; fewer only where the file ends."""
+
+    def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """The range as (offset, length, is a hole that reads as zeros)."""
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Start to fetch the range, without waiting for it."""
+
+    def close(self) -> None: ...
+
+
+def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
+    """Open a regular file or block device for reading.
+
+    ``permit`` is called with the resolved path before anything is opened; it raises to refuse.
+    Raises UsageError when there is no such file, or it is of another kind.
+    """
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError) as e:
+        said = reason(e) if isinstance(e, OSError) else str(e)
+        raise UsageError(f"cannot open {shown(path)}: {said}") from e
+    try:
+        kind = os.fstat(handle).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise UsageError(
+                f"{shown(path)} is a {_kind_name(kind)}: give a regular file or a block device"
+            )
+        # What the descriptor holds, whatever the name means by now.
+        itself = f"/proc/self/fd/{handle}"
+        real = os.readlink(itself)
+        if permit is not None:
+            permit(real)
+        if stat.S_ISBLK(kind):
+            return BlockDevice(path, real, _reopen(itself, os.O_DIRECT))
+        return File(path, real, _reopen(itself, 0))
+    except OSError as e:
+        raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
+    finally:
+        os.close(handle)
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):  # a device may have several nodes
+        return -1, status.st_rdev
+    return status.st_dev, status.st_ino
+
+
+def _reopen(itself: str, flags: int) -> int:
+    return os.open(itself, os.O_RDONLY | os.O_CLOEXEC | flags)
+
+
+def _kind_name(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "directory",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFCHR: "character device",
+        stat.S_IFSOCK: "socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
+
+
+class File:
+    """A regular file."""
+
+    def __init__(self, path: str, real: str, fd: int) -> None:
+        self.path = path
+        self.directory = os.path.dirname(real)
+        self.inode = _inode(fd)
+        self._fd = fd
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def read_into(self, buffer: Buffer, offset: int) -> int:
+        try:
+            got = os.preadv(self._fd, (buffer,), offset)
+            if got == len(buffer) or not got:
+                return got
+            return self._rest_into(memoryview(buffer), offset, got)
+        except OSError as e:
+            raise _failed(self.path, offset, len(buffer), e) from e
+
+    def _rest_into(self, view: memoryview, offset: int, got: int) -> int:
+        """A short read may be the file's end, or only the kernel's way of saving itself work."""
+        while got < len(view):
+            more = os.preadv(self._fd, (view[got:],), offset + got)
+            if not more:
+                break
+            got += more
+        return got
+
+    def read(self, length: int, offset: int) -> bytes:
+        try:
+            data = os.pread(self._fd, length, offset)
+            while data and len(data) < length:
+                more = os.pread(self._fd, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+            return data
+        except OSError as e:
+            raise _failed(self.path, offset, length, e) from e
+
+    def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        end = offset + length
+        while offset < end:
+            data = self._seek(offset, os.SEEK_DATA, end)
+            if data > offset:
+                yield offset, data - offset, True
+            if data < end:
+                hole = self._seek(data, os.SEEK_HOLE, end)
+                yield data, hole - data, False
+                data = hole
+            offset = data
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        try:
+            return min(os.lseek(self._fd, offset, whence), end)
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # nothing of that kind from here to the end
+                return end
+            raise _failed(self.path, offset, end - offset, e) from e
+
+    def will_need(self, offset: int, length: int) -> None:
+        with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+# O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
+# 512 or 4096.
+_ALIGN: Final = 4096
+_BOUNCE: Final = 1 << 20
+
+
+class BlockDevice:
+    """A block device, read past the page cache."""
+
+    def __init__(self, path: str, real: str, fd: int) -> None:
+        self.path = path
+        self.directory = os.path.dirname(real)
+        self.inode = _inode(fd)
+        self._fd = fd
+        # At most as many buffers as there were reads at one time.
+        self._buffers: collections.deque[mmap.mmap] = collections.deque()
+
+    def size(self) -> int:
+        try:
+            return os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as e:
+            raise _failed(self.path, 0, 0, e) from e
+
+    def read_into(self, buffer: Buffer, offset: int) -> int:
+        view = memoryview(buffer)
+        try:
+            bounce = self._buffers.pop()
+        except IndexError:
+            bounce = mmap.mmap(-1, _BOUNCE)  # anonymous: aligned, and nothing can shrink it
+        try:
+            got = 0
+            while got < len(view):
+                n = self._piece(view[got:], offset + got, bounce)
+                if not n:
+                    break
+                got += n
+            return got
+        except OSError as e:
+            raise _failed(self.path, offset, len(view), e) from e
+        finally:
+            self._buffers.append(bounce)
+
+    def _piece(self, view: memoryview, offset: int, bounce: mmap.mmap) -> int:
+        """Fill the start of ``view``; 0 at the end of the device."""
+        lead = offset % _ALIGN
+        want = min(_BOUNCE, -(-(lead + len(view)) // _ALIGN) * _ALIGN)
+        with memoryview(bounce) as aligned:
+            got = os.preadv(self._fd, (aligned[:want],), offset - lead)
+            n = max(0, min(got - lead, len(view)))
+            view[:n] = aligned[lead : lead + n]
+        return n
+
+    def read(self, length: int, offset: int) -> bytes:
+        data = bytearray(length)
+        return bytes(memoryview(data)[: self.read_into(data, offset)])
+
+    def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        yield offset, length, False
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Nothing: what the kernel would fetch goes where this class does not look."""
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _failed(path: str, offset: int, length: int, e: OSError) -> Error:
+    return StorageError(
+        f"reading {length} bytes of {shown(path)} at host offset {offset:#x} failed: {reason(e)}"
+    )

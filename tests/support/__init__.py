@@ -1,0 +1,1 @@
+"""What the tests share: images that QEMU made, a real nbdkit, QEMU's own answers."""

@@ -17,7 +17,7 @@ _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
     sys.path.insert(0, _checkout)
 
-from qcow2snap_core import Error, Image, UsageError, __version__  # noqa: E402
+from qcow2snap_core import Error, Image, UsageError, __version__, codecs, encryption  # noqa: E402
 from qcow2snap_core.disk import Disk  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.settings import Settings  # noqa: E402
@@ -52,7 +52,10 @@ traceback.format_exception = _one_line
 
 
 def dump_plugin():
-    print(f"qcow2snap_version={__version__}", flush=True)
+    print(f"qcow2snap_version={__version__}")
+    for codec, there in {**codecs.available(), "luks": encryption.available()}.items():
+        print(f"qcow2snap_{codec}={'yes' if there else 'no'}")
+    sys.stdout.flush()
 
 
 def config(key, value):

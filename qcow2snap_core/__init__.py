@@ -39,12 +39,19 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     *,
     allow_dirs: Iterable[str] = (),
     backing_format: str | None = None,
+    passphrase: str | bytes | None = None,
     l2_cache_size: int = Options.l2_cache_size,
     cluster_cache_size: int = Options.cluster_cache_size,
 ) -> Image:
-    """Open a qcow2 image; the keywords mean what the plugin's keys mean.  Sizes in bytes.
+    """Open a qcow2 image; the keywords mean what the plugin's keys mean.  Sizes in bytes; the
+    passphrase is the secret itself.
 
     Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read.
     """
-    options = Options(tuple(allow_dirs), backing_format, l2_cache_size, cluster_cache_size)
+    passphrases = {}
+    if passphrase is not None:
+        passphrases[0] = passphrase.encode() if isinstance(passphrase, str) else passphrase
+    options = Options(
+        tuple(allow_dirs), backing_format, passphrases, l2_cache_size, cluster_cache_size
+    )
     return open_image(path, options)

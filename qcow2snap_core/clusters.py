@@ -7,9 +7,12 @@ compressed stream to a full sector.  Anything else past the end of the file is d
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import ondisk as q
 from .cache import BoundedCache
 from .codecs import Codec
+from .encryption import Encryption
 from .errors import ImageError
 from .storage import Buffer, Storage
 
@@ -30,7 +33,12 @@ class Clusters:
     """Reads the data of one qcow2 file's clusters."""
 
     def __init__(
-        self, metadata: Storage, data: Storage, cluster_bits: int, codec: Codec, cache: ClusterCache
+        self,
+        metadata: Storage,
+        data: Storage,
+        cluster_bits: int,
+        codec: Codec,
+        cache: ClusterCache,
     ) -> None:
         """``metadata`` is the image file, ``data`` the file that holds its standard clusters."""
         self._file = metadata
@@ -43,8 +51,9 @@ class Clusters:
         self._offset_mask = (1 << self._offset_bits) - 1
         self._sectors_mask = (1 << cluster_bits - 8) - 1
 
-    def read(self, buffer: Buffer, host: int) -> None:
-        """Fill ``buffer`` from the standard clusters at host offset ``host``."""
+    def read(self, buffer: Buffer, host: int, guest: int) -> None:
+        """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
+        sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
             self._check_end(host, len(buffer), host + got)
@@ -114,3 +123,26 @@ class Clusters:
                 f"the compressed cluster at host offset {offset:#x} "
                 f"lies past the end of the file ({end} bytes)"
             )
+
+
+class EncryptedClusters(Clusters):
+    """The same with standard clusters that are encrypted, sector by sector."""
+
+    def __init__(self, encryption: Encryption, *parts: Any) -> None:
+        """``parts`` as for :class:`Clusters`."""
+        super().__init__(*parts)
+        self._encryption = encryption
+
+    def read(self, buffer: Buffer, host: int, guest: int) -> None:
+        length = len(buffer)
+        lead = host % q.SECTOR
+        sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
+        decrypt = self._encryption.cipher.decrypt
+        if not lead and not length % q.SECTOR:
+            super().read(buffer, host, guest)
+            decrypt(memoryview(buffer).cast("B"), sector)
+            return
+        whole = memoryview(bytearray(-(-(lead + length) // q.SECTOR) * q.SECTOR))
+        super().read(whole, host - lead, guest - lead)
+        decrypt(whole, sector)
+        memoryview(buffer)[:] = whole[lead : lead + length]

@@ -2,20 +2,22 @@
 
 A compressed cluster is a stream followed by whatever fills its last sector.  It must decode to
 exactly one cluster: a stream that is damaged, ends early or goes on past the cluster is an error.
+All decoders release the interpreter while they work.
 """
 
 from __future__ import annotations
 
+import ctypes
 import zlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 from .errors import ImageError
+from .pool import Pool
 
 
 class Codec(Protocol):
-    """One compression format."""
-
-    name: str
+    """One way to decode one compression format; safe to use from several threads."""
 
     def decode(self, stream: bytes, size: int) -> bytes | bytearray:
         """The ``size`` bytes that ``stream`` decodes to; trailing bytes are ignored.
@@ -27,8 +29,6 @@ class Codec(Protocol):
 class Zlib:
     """Raw deflate in a window of 4 KiB (QEMU: qcow2_zlib_decompress)."""
 
-    name = "zlib"
-
     def decode(self, stream: bytes, size: int) -> bytes:
         decoder = zlib.decompressobj(wbits=-12)
         try:
@@ -36,12 +36,115 @@ class Zlib:
             data = decoder.decompress(stream, size + 1)
         except zlib.error as e:
             raise ImageError(f"its deflate stream is damaged ({e})") from e
-        if len(data) != size:
-            raise _wrong_size(len(data), size)
+        if len(data) > size:
+            raise _too_long()
+        if len(data) < size or not decoder.eof:
+            raise _too_short(len(data), size)
         return data
 
 
-def _wrong_size(got: int, size: int) -> ImageError:
-    if got > size:
-        return ImageError("its compressed stream goes on past the cluster")
+class Libdeflate:
+    """The same format by libdeflate, which decodes a whole buffer at once: three times zlib's
+    speed on clusters of 64 KiB.  Raises OSError where the library is not installed."""
+
+    _BAD_DATA: Final = 1
+    _INSUFFICIENT_SPACE: Final = 3
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL("libdeflate.so.0")
+        library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
+        self._decompress = library.libdeflate_deflate_decompress
+        self._decompress.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.POINTER(ctypes.c_size_t),
+        ]
+        self._contexts: Pool[int] = Pool(library.libdeflate_alloc_decompressor)
+
+    def decode(self, stream: bytes, size: int) -> bytearray:
+        data = bytearray(size)
+        got = ctypes.c_size_t()
+        context = self._contexts.take()
+        if not context:
+            raise MemoryError
+        target = (ctypes.c_char * size).from_buffer(data)
+        failed = self._decompress(context, stream, len(stream), target, size, ctypes.byref(got))
+        self._contexts.give(context)
+        if failed == self._INSUFFICIENT_SPACE:
+            raise _too_long()
+        if failed:
+            raise ImageError("its deflate stream is damaged or ends too early")
+        if got.value < size:
+            raise _too_short(got.value, size)
+        return data
+
+
+class Zstd:
+    """One zstd frame, with or without its size in it (QEMU: qcow2_zstd_decompress)."""
+
+    # What every decoder should accept (RFC 8878); a hostile frame may ask for 2 GiB.
+    _MAX_WINDOW: Final = 8 << 20
+
+    def __init__(self) -> None:
+        try:
+            import zstandard
+        except ImportError as e:
+            raise ImageError(
+                "its clusters are compressed with zstd: install python3-zstandard"
+            ) from e
+        self._error = zstandard.ZstdError
+        self._contexts: Pool[Any] = Pool(
+            lambda: zstandard.ZstdDecompressor(max_window_size=self._MAX_WINDOW)
+        )
+
+    def decode(self, stream: bytes, size: int) -> bytearray:
+        data = bytearray(size + 1)  # as for Zlib
+        view = memoryview(data)
+        context = self._contexts.take()
+        try:
+            # One call: it stops at the frame's end, a second would take the padding for a frame.
+            got = context.stream_reader(stream).readinto(view)
+        except self._error as e:
+            raise ImageError(f"its zstd frame is damaged ({e})") from e
+        finally:
+            self._contexts.give(context)
+            view.release()
+        if got > size:
+            raise _too_long()
+        if got < size:
+            raise _too_short(got, size)
+        del data[size:]
+        return data
+
+
+def deflate() -> Codec:
+    """The fastest decoder of deflate that is installed."""
+    try:
+        return Libdeflate()
+    except OSError:
+        return Zlib()
+
+
+def available() -> dict[str, bool]:
+    """Which optional decoders are installed, by the names that ``--dump-plugin`` uses."""
+    makers: dict[str, Callable[[], Codec]] = {"zlib_libdeflate": Libdeflate, "zstd": Zstd}
+    return {name: _can(maker) for name, maker in makers.items()}
+
+
+def _can(make: Callable[[], Codec]) -> bool:
+    try:
+        make()
+    except (OSError, ImageError):
+        return False
+    return True
+
+
+def _too_long() -> ImageError:
+    return ImageError("its compressed stream goes on past the cluster")
+
+
+def _too_short(got: int, size: int) -> ImageError:
     return ImageError(f"its compressed stream ends after {got} of {size} bytes")

@@ -217,7 +217,7 @@ class Disk:
         try:
             kind, host, n = self._mapping.run(guest, length)
             if kind == DATA and n == length:
-                self._clusters.read(buffer, host)
+                self._clusters.read(buffer, host, guest)
                 return
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
@@ -227,7 +227,7 @@ class Disk:
             piece = view[start - offset : start - offset + n]
             try:
                 if kind == DATA:
-                    self._clusters.read(piece, host)
+                    self._clusters.read(piece, host, guest)
                 elif kind == COMPRESSED:
                     within = guest & (self.cluster_size - 1)
                     token = self._mapping.token

@@ -130,7 +130,7 @@ def read_header(storage: Storage) -> Header:
     return header
 
 
-_SUPPORTED = q.INCOMPAT_DIRTY | q.INCOMPAT_COMPRESSION
+_SUPPORTED = q.INCOMPAT_DIRTY | q.INCOMPAT_DATA_FILE | q.INCOMPAT_COMPRESSION | q.INCOMPAT_EXTL2
 
 
 def _check_features(header: Header, bad: Bad) -> None:
@@ -147,8 +147,10 @@ def _check_features(header: Header, bad: Bad) -> None:
         header.incompatible & q.INCOMPAT_COMPRESSION
     ):
         raise bad(f"compression type {header.compression} without its feature bit")
-    if header.compression not in (q.COMPRESSION_ZLIB,):
+    if header.compression not in (q.COMPRESSION_ZLIB, q.COMPRESSION_ZSTD):
         raise bad(f"compression type {header.compression} is not supported")
+    if header.extended_l2 and header.cluster_bits < q.MIN_EXTL2_CLUSTER_BITS:
+        raise bad(f"extended L2 entries need clusters of 16 KiB, not of {header.cluster_size}")
 
 
 def _extensions(area: bytes, bad: Bad) -> Iterator[tuple[int, bytes]]:

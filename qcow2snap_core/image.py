@@ -7,7 +7,7 @@ they are asked for, so that an image which a running QEMU has open shows the one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
 from typing import Final
@@ -15,9 +15,10 @@ from weakref import WeakValueDictionary
 
 from . import ondisk as q
 from .cache import BoundedCache
-from .clusters import ClusterCache, Clusters
-from .codecs import Zlib
+from .clusters import ClusterCache, Clusters, EncryptedClusters
+from .codecs import Codec, Zstd, deflate
 from .disk import Disk, Layer, RawLayer
+from .encryption import open_encryption
 from .errors import ImageError, UsageError, shown
 from .guard import SnapshotGuard, Unguarded
 from .header import Header, read_header
@@ -35,6 +36,7 @@ class Options:
 
     allow_dirs: tuple[str, ...] = ()
     backing_format: str | None = None  # of a backing file whose image records none
+    passphrases: dict[int, bytes] = field(default_factory=dict, repr=False)  # by layer
     l2_cache_size: int = 32 << 20  # bytes
     cluster_cache_size: int = 64 << 20
 
@@ -48,7 +50,9 @@ class _Shared:
         self.tables: TableCache = BoundedCache(options.l2_cache_size)
         self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size)
         self.tokens = count()
-        self.storages: list[Storage] = []  # from the top down
+        self.storages: list[Storage] = []  # of the layers and of their data files
+        self.layers: list[Storage] = []  # from the top down
+        self.encrypted = False
 
 
 class Image:
@@ -60,14 +64,15 @@ class Image:
         self.storage = storage
         self._shared = shared
         self._disks: WeakValueDictionary[tuple[Identity, bool], Disk] = WeakValueDictionary()
-        _enter_chain(storage, shared)
+        layer = _enter_chain(storage, shared)
         self.header: Final[Header] = read_header(storage)
         self._geometry = Geometry(
-            self.header.cluster_bits, self.header.version, self.header.extended_l2
+            self.header.cluster_bits,
+            self.header.version,
+            self.header.extended_l2,
+            self.header.has_data_file,
         )
-        self._clusters = Clusters(
-            storage, storage, self.header.cluster_bits, Zlib(), shared.clusters
-        )
+        self._clusters = self._open_clusters(layer)
         self._below = self._open_below()
 
     # --- Snapshots ---
@@ -79,7 +84,10 @@ class Image:
 
     def table(self) -> Table:
         """The snapshot table that the file has now."""
-        return read_table(self.storage)
+        table = read_table(self.storage)
+        if self.header.has_data_file and not table.snapshots:
+            return replace(table, note="QEMU keeps none in an image with an external data file")
+        return table
 
     def snapshot(self, name: str) -> Disk:
         """The disk of the snapshot with that ID, else of the first with that name.
@@ -149,7 +157,7 @@ class Image:
 
     def _mapping(self, l1_table_offset: int, l1_size: int) -> Mapping:
         shared = self._shared
-        return Mapping(
+        return Mapping.of(self._geometry)(
             self.storage,
             self._geometry,
             l1_table_offset,
@@ -172,6 +180,37 @@ class Image:
                 f"{what}: its L1 table, {length} bytes at host offset {offset:#x}, "
                 f"lies past the end of the file ({end} bytes)"
             )
+
+    def _open_clusters(self, layer: int) -> Clusters:
+        """How to read this file's clusters; ``layer`` counts from the image down."""
+        shared, header = self._shared, self.header
+        data = self.storage
+        if header.has_data_file:
+            name = header.extensions.get(q.EXT_DATA_FILE)
+            if not name:
+                raise ImageError(f"{shown(self.path)} does not name its external data file")
+            data = shared.policy.open(name, self.storage, "data file")
+            shared.storages.append(data)
+        passphrases = shared.options.passphrases
+        encryption = open_encryption(
+            self.storage,
+            header,
+            passphrases.get(layer, passphrases.get(0)),
+            f"passphrase.{layer}" if layer else "passphrase",
+        )
+        parts = self.storage, data, header.cluster_bits, self._codec(), shared.clusters
+        if encryption is None:
+            return Clusters(*parts)
+        shared.encrypted = True
+        return EncryptedClusters(encryption, *parts)
+
+    def _codec(self) -> Codec:
+        if self.header.compression == q.COMPRESSION_ZLIB:
+            return deflate()
+        try:
+            return Zstd()
+        except ImageError as e:
+            raise ImageError(f"{shown(self.path)}: {e}") from e
 
     def _open_below(self) -> Layer | None:
         name = self.header.backing_file
@@ -204,21 +243,26 @@ def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 
     """
     shared = _Shared(options)
     try:
-        return Image(open_storage(path), shared)
+        image = Image(open_storage(path), shared)
+        if options.passphrases and not shared.encrypted:
+            raise UsageError(f"{shown(path)} is not encrypted: leave out the passphrase")
+        return image
     except BaseException:
         for storage in shared.storages:
             storage.close()
         raise
 
 
-def _enter_chain(storage: Storage, shared: _Shared) -> None:
-    """Add a layer's file, which is closed with the image from here on."""
-    met = [s.inode for s in shared.storages]
+def _enter_chain(storage: Storage, shared: _Shared) -> int:
+    """Add a layer's file, which is closed with the image from here on; returns its number."""
+    met = [s.inode for s in shared.layers]
+    shared.layers.append(storage)
     shared.storages.append(storage)
     if storage.inode in met:
         raise ImageError(
-            f"the backing chain of {shown(shared.storages[0].path)} loops: "
+            f"the backing chain of {shown(shared.layers[0].path)} loops: "
             f"{shown(storage.path)} comes up twice"
         )
     if len(met) >= q.MAX_CHAIN:
         raise ImageError(f"the backing chain is longer than {q.MAX_CHAIN} files")
+    return len(met)

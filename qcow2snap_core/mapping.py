@@ -80,10 +80,19 @@ class Mapping:
         self.bytes_per_l1_entry = self.cluster_size << self._l2_bits
         self._slice_bits = min(self._l2_bits, (_SLICE_BYTES.bit_length() - 1) - self._entry_bits)
         self._slice_mask = (1 << self._slice_bits) - 1
-        self._keep_copied = geometry.data_file
+        self._data_file = geometry.data_file
         # A standard entry that is nothing but an offset has none of these bits.
         self._odd = ~(q.OFFSET_MASK & -self.cluster_size)
         self._zero_flag = q.OFLAG_ZERO if geometry.version >= 3 else 0
+
+    @staticmethod
+    def of(geometry: Geometry) -> type[Mapping]:
+        """The class for tables of this geometry."""
+        if geometry.extended_l2:
+            from .subclusters import SubclusterMapping
+
+            return SubclusterMapping
+        return Mapping
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         """The runs of a range, in order and merged: (kind, host offset, guest offset, length).
@@ -132,7 +141,7 @@ class Mapping:
         if kind != COMPRESSED:
             more = -(-(length - have) >> self._bits)  # clusters, rounded up
             stop = min(at + 1 + more, len(table))
-            have += _alike(table, at + 1, stop, entry, step) << self._bits
+            have += alike(table, at + 1, stop, entry, step) << self._bits
         return kind, host, min(have, length)
 
     def _classify(self, entry: int, within: int) -> Run:
@@ -145,6 +154,7 @@ class Mapping:
             if not entry & self._odd:
                 return DATA, entry + within, self.cluster_size
         if entry & q.OFLAG_COMPRESSED:
+            self._no_compressed_in_data_file()
             return COMPRESSED, entry, 0
         host = entry & q.OFFSET_MASK
         if host & (self.cluster_size - 1):
@@ -154,6 +164,10 @@ class Mapping:
         if not self._zero_flag:
             raise ImageError(f"the L2 entry {entry:#018x} is a zero cluster, unknown to version 2")
         return ZERO, 0, self.cluster_size if host else 0
+
+    def _no_compressed_in_data_file(self) -> None:
+        if self._data_file:
+            raise ImageError("it is a compressed cluster, which cannot be in an external data file")
 
     # --- Loading ---
 
@@ -186,7 +200,7 @@ class Mapping:
         del raw[len(raw) & -(1 << self._entry_bits) :]
         if not raw:
             raise ImageError(f"its L2 table at host offset {offset:#x} is past the end of the file")
-        if not self._keep_copied:
+        if not self._data_file:
             stride = 1 << self._entry_bits
             raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
         return _integers(raw)
@@ -221,8 +235,9 @@ def _integers(raw: bytearray) -> Slice[int]:
 _ABSENT: Final[Slice[int]] = array("Q")
 
 
-def _alike(table: Slice[int], at: int, stop: int, entry: int, step: int) -> int:
-    """How many entries from ``at`` to ``stop`` go on after ``entry``, each larger by ``step``."""
+def alike(table: Slice[int], at: int, stop: int, entry: int, step: int) -> int:
+    """How many entries from ``at`` to ``stop`` go on after ``entry``, each larger by ``step``;
+    with a step of 0, how many are equal to it."""
     first = at
     expected = entry + step
     while at + _STRIDE <= stop:

@@ -136,6 +136,7 @@ SECTOR: Final = 512
 
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21  # a larger cluster would make every table and decode buffer huge
+MIN_EXTL2_CLUSTER_BITS: Final = 14  # subclusters of a sector
 MAX_L1_BYTES: Final = 32 << 20  # QCOW_MAX_L1_SIZE: memory and time to walk the table
 MAX_SNAPSHOTS: Final = 65536  # QCOW_MAX_SNAPSHOTS: entries to parse
 MAX_SNAPSHOT_TABLE_BYTES: Final = 64 << 20  # QCOW_MAX_SNAPSHOTS_SIZE: memory for the table

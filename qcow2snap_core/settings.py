@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 
 from .errors import UsageError
 from .image import BACKING_FORMATS, Image, Options, open_image
+from .passphrase import read_passphrase
 from .snapshots import Choice
 from .units import parse_size
 
@@ -18,6 +20,8 @@ KEYS: Final = (
     "snapshot-name",
     "allow-dir",
     "backing-format",
+    "passphrase",
+    "passphrase.N",
     "l2-cache-size",
     "cluster-cache-size",
 )
@@ -30,19 +34,23 @@ class Settings:
         self._values: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
         self._allow_dirs: list[str] = []
+        self._passphrases: dict[int, bytes] = {}
 
     def set(self, key: str, value: str) -> None:
         """Take one key.  Raises UsageError that names it when it or its value is wrong."""
         key = _ALIASES.get(key, key)
-        if key not in KEYS:
+        layer = re.fullmatch(r"passphrase(?:\.([1-9][0-9]{0,3}))?", key, re.ASCII)
+        if layer is None and (key not in KEYS or key == "passphrase.N"):
             raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
         if key == "allow-dir":
             self._allow_dirs.append(_from_here(key, value))
             return
         if key in self._values:
             raise UsageError(f"{key}= is given twice: give it once")
-        self._values[key] = value
-        if key == "file":
+        self._values[key] = "" if layer is not None else value
+        if layer is not None:
+            self._passphrases[int(layer[1] or 0)] = read_passphrase(key, value)
+        elif key == "file":
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
             raise UsageError(f"{key}={value}: give raw or qcow2")
@@ -65,6 +73,7 @@ class Settings:
         options = Options(
             allow_dirs=tuple(self._allow_dirs),
             backing_format=self._values.get("backing-format"),
+            passphrases=self._passphrases,
             l2_cache_size=self._sizes.get("l2-cache-size", Options.l2_cache_size),
             cluster_cache_size=self._sizes.get("cluster-cache-size", Options.cluster_cache_size),
         )

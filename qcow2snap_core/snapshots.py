@@ -80,6 +80,7 @@ class Table:
     snapshots: tuple[Snapshot, ...]
     damage: str | None  # why the entries after these could not be read
     torn: bool = False  # the header changed meanwhile: do not believe it
+    note: str = ""  # why there are none
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -224,7 +225,10 @@ def choose(table: Table, choice: Choice, path: str) -> Snapshot:
     if matching:
         return matching[0]
     damaged = f" (its snapshot table is damaged: {table.damage})" if table.damage else ""
-    raise UsageError(f"no snapshot {choice} in {shown(path)}{damaged}: {summary(table.snapshots)}")
+    note = f" ({table.note})" if table.note else ""
+    raise UsageError(
+        f"no snapshot {choice} in {shown(path)}{damaged}: {summary(table.snapshots)}{note}"
+    )
 
 
 def summary(snapshots: Sequence[Snapshot], most: int = 50) -> str:

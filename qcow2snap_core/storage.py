@@ -12,7 +12,6 @@ pages of it may stay stale, so it is read with O_DIRECT as well, through aligned
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import errno
 import mmap
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
+from .pool import Pool
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
@@ -190,8 +190,8 @@ class BlockDevice:
         self.directory = os.path.dirname(real)
         self.inode = _inode(fd)
         self._fd = fd
-        # At most as many buffers as there were reads at one time.
-        self._buffers: collections.deque[mmap.mmap] = collections.deque()
+        # Anonymous memory is aligned, and nothing can shrink it.
+        self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
     def size(self) -> int:
         try:
@@ -201,10 +201,7 @@ class BlockDevice:
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
         view = memoryview(buffer)
-        try:
-            bounce = self._buffers.pop()
-        except IndexError:
-            bounce = mmap.mmap(-1, _BOUNCE)  # anonymous: aligned, and nothing can shrink it
+        bounce = self._buffers.take()
         try:
             got = 0
             while got < len(view):
@@ -216,7 +213,7 @@ class BlockDevice:
         except OSError as e:
             raise _failed(self.path, offset, len(view), e) from e
         finally:
-            self._buffers.append(bounce)
+            self._buffers.give(bounce)
 
     def _piece(self, view: memoryview, offset: int, bounce: mmap.mmap) -> int:
         """Fill the start of ``view``; 0 at the end of the device."""

@@ -1,0 +1,64 @@
+"""How an image's clusters are encrypted: LUKS, or the AES of qcow2's first years.
+
+LUKS numbers the sectors by where they lie in the file, the old scheme by where the guest sees
+them.  Metadata and compressed clusters are never encrypted (spec: "crypt_method").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import ondisk as q
+from .errors import ImageError, UsageError, shown
+from .header import Header
+from .storage import Storage
+
+if TYPE_CHECKING:
+    from .ciphers import SectorCipher
+
+
+def available() -> bool:
+    """Whether what deciphers images is installed."""
+    return importlib.util.find_spec("cryptography") is not None
+
+
+class Encryption(NamedTuple):
+    """A cipher, and which offset numbers its sectors."""
+
+    cipher: SectorCipher
+    by_guest_offset: bool
+
+
+def open_encryption(
+    storage: Storage, header: Header, passphrase: bytes | None, key: str
+) -> Encryption | None:
+    """The encryption of an image, or None.  ``key`` is what the user would call the passphrase.
+
+    Raises UsageError for a passphrase that is missing or wrong, ImageError for a damaged header.
+    """
+    if header.crypt_method == q.CRYPT_NONE:
+        return None
+    if passphrase is None:
+        raise UsageError(f"{shown(storage.path)} is encrypted: add {key}=+FILE or another form")
+    try:
+        from . import luks
+        from .ciphers import CbcSectors, Plain
+    except ImportError as e:
+        raise ImageError(
+            f"{shown(storage.path)} is encrypted: install python3-cryptography ({e})"
+        ) from e
+    if header.crypt_method == q.CRYPT_AES:
+        # The passphrase is the key, cut or padded to 128 bits: a wrong one cannot be told.
+        return Encryption(CbcSectors(passphrase[:16].ljust(16, b"\0"), Plain(64)), True)
+    where = header.extensions.get(q.EXT_CRYPTO_HEADER, b"")
+    if len(where) < 16:
+        raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
+    place = q.parse_crypto_header(where)
+    if place.offset % header.cluster_size or not 0 < place.length <= luks.MAX_HEADER_BYTES:
+        raise ImageError(
+            f"{shown(storage.path)}: its LUKS header, {place.length} bytes at host offset "
+            f"{place.offset:#x}, cannot be there"
+        )
+    area = storage.read(place.length, place.offset)
+    return Encryption(luks.open_luks(area, passphrase, storage.path), False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from .errors import UsageError
+from .errors import UsageError, escaped
 from .image import BACKING_FORMATS, Image, Options, open_image
 from .snapshots import Choice
 from .units import parse_size
@@ -45,7 +45,7 @@ class Settings:
         if key == "file":
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
-            raise UsageError(f"{key}={value}: give raw or qcow2")
+            raise UsageError(f"{key}={escaped(value)}: give raw or qcow2")
         elif key.endswith("-size"):
             try:
                 self._sizes[key] = parse_size(value)

@@ -99,11 +99,16 @@ def patch(path: Path, offset: int, data: bytes) -> None:
         f.write(data)
 
 
-def field64(path: Path, offset: int) -> int:
-    """A big-endian 64-bit field of a file."""
+def peek(path: Path, offset: int, length: int) -> bytes:
+    """Some bytes of a file."""
     with open(path, "rb") as f:
         f.seek(offset)
-        return int.from_bytes(f.read(8), "big")
+        return f.read(length)
+
+
+def field64(path: Path, offset: int) -> int:
+    """A big-endian 64-bit field of a file."""
+    return int.from_bytes(peek(path, offset, 8), "big")
 
 
 def snapshots(path: Path) -> dict[str, Snapshot]:

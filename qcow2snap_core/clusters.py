@@ -56,7 +56,9 @@ class Clusters:
         sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
-            self._check_end(host, len(buffer), host + got)
+            # After no byte at all the end may be anywhere before, not just here.
+            end = host + got if got else min(host, self._data.size())
+            self._check_end(host, len(buffer), end)
             fill_zeros(memoryview(buffer)[got:])
 
     def read_compressed(

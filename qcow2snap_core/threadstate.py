@@ -9,6 +9,9 @@ The matching Release must be made by the thread that made the Ensure.  With requ
 per connection nbdkit opens, reads and closes on one thread.  A filter may close elsewhere: then
 the state is left to that thread, some kilobytes until the process ends.  To delete another
 thread's state aborts Python 3.13.
+
+A thread is known here by a mark in its Python state, since the system gives the identifier of a
+thread that has ended to the next one.
 """
 
 from __future__ import annotations
@@ -25,15 +28,25 @@ _PYTHON: Final = ctypes.PyDLL(None)
 _LOCKED: Final = 0
 
 
+class _Thread(threading.local):
+    """Its ``mark`` is another object in every thread state."""
+
+    def __init__(self) -> None:
+        self.mark = object()
+
+
+_thread: Final = _Thread()
+
+
 class KeptThreadState:
     """Holds the calling thread's Python state from now until :meth:`release`."""
 
     def __init__(self) -> None:
-        self._thread: int | None = threading.get_ident()
         _PYTHON.PyGILState_Ensure()
+        self._mark: object | None = _thread.mark
 
     def release(self) -> None:
         """Let go of it, if this is still the same thread.  Harmless when called again."""
-        if self._thread == threading.get_ident():
-            self._thread = None
+        if self._mark is _thread.mark:
+            self._mark = None
             _PYTHON.PyGILState_Release(_LOCKED)

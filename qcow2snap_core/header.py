@@ -147,6 +147,8 @@ def _check_features(header: Header, bad: Bad) -> None:
         header.incompatible & q.INCOMPAT_COMPRESSION
     ):
         raise bad(f"compression type {header.compression} without its feature bit")
+    if header.crypt_method != q.CRYPT_NONE:
+        raise bad("it is encrypted, which is not supported")
     if header.compression not in (q.COMPRESSION_ZLIB,):
         raise bad(f"compression type {header.compression} is not supported")
 

@@ -27,8 +27,10 @@ deps:
 deps-test:
 	@packaging/install-deps test
 
+# Any character may stand in a file's or snapshot's name, so the shell is not to parse them.
+export FILE SNAPSHOT
 demo: deps
-	@$(PYTHON) tests/demo.py $(if $(FILE),"$(FILE)" "$(SNAPSHOT)")
+	@$(PYTHON) tests/demo.py -- "$$FILE" "$$SNAPSHOT"
 
 test: lint check
 

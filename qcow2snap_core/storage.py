@@ -62,8 +62,10 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
     """
     try:
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError) as e:
-        said = reason(e) if isinstance(e, OSError) else str(e)
+    except OSError as e:
+        raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
+    except ValueError as e:  # Python's own words for a NUL differ from version to version
+        said = "embedded null byte" if "\0" in path else str(e)
         raise UsageError(f"cannot open {shown(path)}: {said}") from e
     try:
         kind = os.fstat(handle).st_mode

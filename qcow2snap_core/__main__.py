@@ -1,0 +1,7 @@
+"""``python3 -m qcow2snap_core`` is the command ``qcow2snap``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,44 @@
+"""Ask a running QEMU for an internal snapshot of one or more of its disks at one instant, with
+all writes flushed, and print the nbdkit command that serves each."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from types import FrameType
+
+from ..take import take
+
+HELP = "ask a running QEMU for a snapshot"
+EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--qmp", required=True, metavar="SOCKET", help="QEMU's QMP socket")
+    parser.add_argument(
+        "--device",
+        required=True,
+        action="append",
+        metavar="NODE",
+        help="node or device name of a disk; repeat it for several disks at one instant",
+    )
+    parser.add_argument(
+        "--agent",
+        metavar="SOCKET",
+        help="the guest agent's socket: freeze the guest's filesystems meanwhile",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="the snapshot's name")
+
+
+def run(args: argparse.Namespace) -> int:
+    # `--device a b NAME` means what it looks like, though argparse sees two positionals.
+    *more, name = args.names
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # A service manager's SIGTERM must thaw the guest as Ctrl-C does.
+    signal.signal(signal.SIGTERM, interrupt)
+    for taken in take(args.qmp, [*args.device, *more], name, args.agent):
+        print(taken.command())
+    return 0

@@ -47,7 +47,9 @@ class Clusters:
         """Fill ``buffer`` from the standard clusters at host offset ``host``."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
-            self._check_end(host, len(buffer), host + got)
+            # Where nothing was read the file ends before the offset, perhaps far before.
+            end = host + got if got else self._data.size()
+            self._check_end(host, len(buffer), end)
             fill_zeros(memoryview(buffer)[got:])
 
     def read_compressed(
@@ -86,7 +88,8 @@ class Clusters:
         offset, length = self._stream(entry)
         stream = self._file.read(length, offset)
         if len(stream) < length:
-            self._check_stream(offset, length, offset + len(stream))
+            end = offset + len(stream) if stream else self._file.size()
+            self._check_stream(offset, length, end)
         try:
             return self._codec.decode(stream, self._size)
         except ImageError as e:

@@ -29,11 +29,22 @@ class KeptThreadState:
     """Holds the calling thread's Python state from now until :meth:`release`."""
 
     def __init__(self) -> None:
-        self._thread: int | None = threading.get_ident()
         _PYTHON.PyGILState_Ensure()
+        _held().add(self)
 
     def release(self) -> None:
         """Let go of it, if this is still the same thread.  Harmless when called again."""
-        if self._thread == threading.get_ident():
-            self._thread = None
+        held = _held()
+        if self in held:
+            held.remove(self)
             _PYTHON.PyGILState_Release(_LOCKED)
+
+
+# What the calling thread keeps.  It is part of the thread state itself, so that it cannot be
+# mistaken for another's; a thread's identifier is given to the next one when it has ended.
+_own = threading.local()
+
+
+def _held() -> set[KeptThreadState]:
+    held: set[KeptThreadState] = _own.__dict__.setdefault("held", set())
+    return held

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from .clusters import Clusters, fill_zeros
-from .errors import Error, ImageError, StorageError
+from .errors import Error, ImageError, StorageError, shown
 from .guard import Guard
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
 from .storage import Buffer, Storage
@@ -67,13 +67,19 @@ class RawLayer:
     def fill(self, view: memoryview, offset: int) -> None:
         got = self._storage.read_into(view, offset)
         if got < len(view):
-            raise StorageError(
-                f"{self._storage.path} ended at {offset + got:#x}, it has {self.size} bytes no more"
-            )
+            raise self._shrunk()
 
     def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        if offset + length > self._storage.size():
+            raise self._shrunk()  # or what is missing would pass for a hole
         for start, n, hole in self._storage.holes(offset, length):
             yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
+
+    def _shrunk(self) -> StorageError:
+        storage = self._storage
+        return StorageError(
+            f"{shown(storage.path)} has only {storage.size()} bytes left of {self.size}"
+        )
 
 
 # How many look-ups one request for extents may cost, over all layers: well under a second.

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .cache import BoundedCache
-from .errors import ImageError
+from .errors import Error, ImageError
 from .storage import Storage
 
 # What a run is.
@@ -103,7 +103,11 @@ class Mapping:
         kind, host, n = self.run(offset, length)
         start, offset = offset, offset + n
         while offset < end:
-            next_kind, next_host, n = self.run(offset, end - offset)
+            try:
+                next_kind, next_host, n = self.run(offset, end - offset)
+            except Error:
+                yield kind, host, start, offset - start  # so that it is known where it failed
+                raise
             if (
                 next_kind != kind
                 or kind == COMPRESSED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .storage import Buffer
 
@@ -31,7 +31,10 @@ class RawDisk(io.RawIOBase):
         self._check_open()
         view = memoryview(buffer).cast("B")
         n = max(0, min(len(view), self._disk.size - self._position))
-        self._disk.pread_into(view[:n], self._position if n else 0)
+        if n:
+            self._disk.pread_into(view[:n], self._position)
+        else:
+            self._disk.check()  # nothing is read, but a deleted snapshot has no end either
         self._position += n
         return n
 
@@ -39,6 +42,9 @@ class RawDisk(io.RawIOBase):
         self._check_open()
         rest = max(0, self._disk.size - self._position)
         return self.read(rest) or b""
+
+    def write(self, buffer: object) -> NoReturn:
+        raise io.UnsupportedOperation("a snapshot is read-only")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position, which may lie past the end, and return it."""

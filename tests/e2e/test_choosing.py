@@ -191,9 +191,34 @@ def test_a_chosen_one_is_fixed_by_more_than_its_name_and_id(tmp_path: Path) -> N
         assert opened(server) == 2
         qemu.delete(path, "nightly")
         qemu.take(path, "nightly")
-        assert qemu.info(path)["snapshots"][1]["id"] == "2"  # all as before, but for the time
+        assert qemu.info(path)["snapshots"][1]["id"] == "2"
         assert [opened(server, x) for x in ("", "nightly", "2")] == [None] * 3
         assert "was deleted" in server.log
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("l1_table_offset", True),
+        ("l1_size", True),
+        ("date_sec", True),
+        ("date_nsec", True),
+        ("vm_clock_nsec", True),
+        ("name", True),
+        ("icount", False),  # extra data, which QEMU adds to old entries
+    ],
+)
+def test_any_part_of_its_identity_makes_it_another_snapshot(
+    tmp_path: Path, field: str, other: bool
+) -> None:
+    path = image(tmp_path / "disk.qcow2", "nightly", "nightly2")
+    at = qemu.snapshots(path)["nightly"].sighting.offset + damage.SNAPSHOT_FIELDS[field]
+    with serve(file=path, snapshot="nightly") as server:
+        assert opened(server) == 1
+        last = qemu.peek(path, at, 1)[0]
+        qemu.patch(path, at, bytes([last ^ 1]))
+        assert opened(server) == (None if other else 1)
+        qemu.patch(path, at, bytes([last]))
 
 
 def test_without_a_key_new_snapshots_appear_and_old_ones_go(three: Path) -> None:

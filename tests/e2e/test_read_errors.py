@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,14 +128,13 @@ def test_damage_fails_what_needs_it_and_nothing_else(disk: Path, name: str) -> N
 
 
 def test_a_file_truncated_under_the_server(disk: Path) -> None:
-    """Some data remains readable; what is past the new end is not, and never reads as zeros."""
+    """The snapshot table was behind the data: nobody can tell any more whose data it is."""
     expected = qemu.content(disk, "packed")
     end = damage.stream(disk, "packed", 12 * CLUSTER)[0] // CLUSTER * CLUSTER
     with serve(file=disk) as server:
         with server.connect("packed") as early, server.connect("plain") as other:
             assert early.pread(512, 0) == expected[:512]
             os.truncate(disk, end)
-            # Its table is past the end, so nobody can tell any more that it is the same snapshot.
             assert error(lambda: early.pread(512, 0)) == errno.EIO
             assert error(lambda: other.pread(CLUSTER, SIZE - CLUSTER)) == errno.EIO
         assert "past the end of the file" in server.log
@@ -179,18 +179,27 @@ def test_the_rest_of_the_files_last_cluster_is_zeros(disk: Path) -> None:
 
 
 def test_a_stream_may_end_inside_the_files_last_sector(disk: Path) -> None:
+    """QEMU does not write out what fills it; but none of the stream's data may be missing."""
     expected = qemu.content(disk, "packed")[BAD * CLUSTER :][:CLUSTER]
     offset, sectors = damage.stream(disk, "packed", BAD * CLUSTER)
-    stream = qemu.peek(disk, offset, (sectors + 1) * 512 - offset % 512)
-    end = -(-disk.stat().st_size // CLUSTER) * CLUSTER + offset % 512
-    qemu.patch(disk, end, stream)
-    needed = (end + len(stream)) // 512 * 512 - 511
-    l2(disk, lambda entry: entry - offset + end, "packed")
-    with serve(file=disk) as server, server.connect("packed") as client:
+    data = qemu.peek(disk, offset, (sectors + 1) * 512 - offset % 512)
+    decoder = zlib.decompressobj(-12)
+    decoder.decompress(data)
+    length = len(data) - len(decoder.unused_data)
+    start = -(-disk.stat().st_size // CLUSTER) * CLUSTER + 512 - length % 512 - 8
+    total = -(-(start % 512 + length) // 512)  # it ends 8 bytes before its last sector does
+    entry = 1 << 62 | (total - 1) << 58 | start
+    l2(disk, lambda _: entry, "packed")
+    qemu.patch(disk, start, data[:length])
+    assert disk.stat().st_size % 512 == 504
+    assert qemu.content(disk, "packed")[BAD * CLUSTER :][:CLUSTER] == expected
+    with serve(file=disk) as server, server.connect("packed", extents=True) as client:
         assert client.pread(CLUSTER, BAD * CLUSTER) == expected
-    os.truncate(disk, needed - 1)  # the last sector is not there at all
-    with serve(file=disk) as server, server.connect("packed") as client:
-        assert error(lambda: client.pread(CLUSTER, BAD * CLUSTER)) == errno.EIO
+        assert block_status(client, BAD * CLUSTER, CLUSTER) == [(BAD * CLUSTER, CLUSTER, 0)]
+    for missing in (20, 504, 505, length):
+        os.truncate(disk, start + length - missing)
+        with serve(file=disk) as server, server.connect("packed") as client:
+            assert error(lambda: client.pread(CLUSTER, BAD * CLUSTER)) == errno.EIO
 
 
 def test_past_a_short_l1_table_is_unallocated(disk: Path) -> None:

@@ -18,6 +18,17 @@ BACKING_FORMAT = bytes.fromhex("e2792aca")
 INCOMPATIBLE = 72
 SNAPSHOT_L1_SIZE = 8
 
+# The last byte of each field in an entry, for one whose ID has one byte.
+SNAPSHOT_FIELDS = {
+    "l1_table_offset": 7,
+    "l1_size": 11,
+    "date_sec": 19,
+    "date_nsec": 23,
+    "vm_clock_nsec": 31,
+    "icount": 63,
+    "name": 65,
+}
+
 
 def cluster_size(path: Path) -> int:
     return 1 << struct.unpack(">I", qemu.peek(path, 20, 4))[0]

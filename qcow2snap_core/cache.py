@@ -47,6 +47,10 @@ class BoundedCache(Generic[K, V]):
         if size > self.limit:
             return
         with self._lock:
+            # Two can make one value after all, when one waited for a third that was dropped at
+            # once: it then holds a lock that newcomers do not find.
+            self.used -= self._sizes.pop(key, 0)
+            self._items.pop(key, None)
             while self.used + size > self.limit:
                 oldest = next(iter(self._items))
                 del self._items[oldest]

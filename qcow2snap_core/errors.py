@@ -30,9 +30,14 @@ class SnapshotGone(ImageError):
 
 def shown(text: str | bytes) -> str:
     """``text`` in quotes, on one line, whatever it holds."""
+    return f"'{escaped(text)}'"
+
+
+def escaped(text: str | bytes) -> str:
+    """``text`` on one line, without quotes: for what a user may want to type again."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
-    return "'" + "".join(c if c.isprintable() else _escaped(c) for c in text) + "'"
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def reason(error: OSError) -> str:
@@ -41,7 +46,7 @@ def reason(error: OSError) -> str:
     return said[:1].lower() + said[1:]
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"

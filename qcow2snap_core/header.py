@@ -108,7 +108,7 @@ def read_header(storage: Storage) -> Header:
             raise bad("the file ends inside the backing file's name")
 
     end = name_offset or 1 << v2.cluster_bits
-    extensions = dict(_extensions(storage.read(end - header_length, header_length), bad))
+    extensions = dict(_extensions(storage.read(max(0, end - header_length), header_length), bad))
     header = Header(
         version=v2.version,
         cluster_bits=v2.cluster_bits,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .errors import UsageError, reason, shown
+from .errors import UsageError, escaped, reason, shown
 from .storage import Storage, open_storage
 
 
@@ -34,7 +34,7 @@ class Policy:
             if not any(_lies_in(real, directory) for directory in here):
                 raise UsageError(
                     f"{shown(real)} lies outside the directory of the image that names it: "
-                    f"add allow-dir={os.path.dirname(real)} if you trust it"
+                    f"add allow-dir={escaped(os.path.dirname(real))} if you trust it"
                 )
 
         try:
@@ -48,7 +48,9 @@ def _directory(path: str) -> str:
     try:
         os.scandir(path).close()
     except OSError as e:
-        raise UsageError(f"allow-dir={path}: {reason(e)}: give an existing directory") from e
+        raise UsageError(
+            f"allow-dir={escaped(path)}: {reason(e)}: give an existing directory"
+        ) from e
     return os.path.realpath(path)
 
 
@@ -60,7 +62,8 @@ def _lies_in(path: str, directory: str) -> bool:
 def _plain_path(name: bytes) -> str:
     """The path that the image's name means, relative ones not yet joined (QEMU's
     path_has_protocol: a protocol name has a ``:`` before its first ``/``)."""
-    name = name.removeprefix(b"file:")
+    if name.startswith(b"file:"):  # QEMU's way to name a file with a colon: file:a:b
+        return os.fsdecode(name.removeprefix(b"file:"))
     if b":" in name.split(b"/", 1)[0]:
         raise UsageError(
             f"{shown(name)} is a protocol name, only plain files are opened: "

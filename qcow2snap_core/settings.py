@@ -6,7 +6,7 @@ import os
 import re
 from typing import Final
 
-from .errors import UsageError
+from .errors import UsageError, escaped
 from .image import BACKING_FORMATS, Image, Options, open_image
 from .passphrase import read_passphrase
 from .snapshots import Choice
@@ -53,7 +53,7 @@ class Settings:
         elif key == "file":
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
-            raise UsageError(f"{key}={value}: give raw or qcow2")
+            raise UsageError(f"{key}={escaped(value)}: give raw or qcow2")
         elif key.endswith("-size"):
             try:
                 self._sizes[key] = parse_size(value)

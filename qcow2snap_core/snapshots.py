@@ -127,6 +127,8 @@ def _parse(storage: Storage, fields: bytes) -> tuple[tuple[Snapshot, ...], str |
         return (), f"it has {where.nb_snapshots} entries, more than {q.MAX_SNAPSHOTS}"
     if where.snapshots_offset < q.HEADER_V2_LENGTH or where.snapshots_offset % q.SECTOR:
         return (), f"its offset {where.snapshots_offset:#x} is not one of a cluster"
+    if where.snapshots_offset >= storage.size():
+        return (), f"its offset {where.snapshots_offset:#x} lies past the end of the file"
     reader = _Reader(storage, fields, where.snapshots_offset)
     found: list[Snapshot] = []
     for number in range(where.nb_snapshots):

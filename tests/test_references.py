@@ -1,0 +1,207 @@
+"""Which names inside an image are opened: the policy of ``allow-dir=``."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from support.devices import opened
+from support.qemu import KiB, create, run
+
+import qcow2snap_core
+from qcow2snap_core.errors import UsageError
+from qcow2snap_core.references import Policy
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """An image in images/, and files that hold their own path all around it."""
+    for name in (
+        *("images/top.qcow2", "images/base", "images/sub/base", "images/a:b", "images/nbd:x"),
+        *("images-old/base", "other/base", "other/deep/base", "base"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    for link, to in {
+        "images/out": "../other/base",
+        "images/in": "sub/base",
+        "images/outdir": "../other",
+        "other/back": "../images/base",
+        "elsewhere": "images",
+        "top-link": "images/top.qcow2",
+    }.items():
+        (tmp_path / link).symlink_to(to)
+    return tmp_path
+
+
+def read(tree, name, allow_dirs=(), image="images/top.qcow2"):
+    """What the policy opens for a name in an image: the file's path in the tree."""
+    policy = Policy(str(tree / d) for d in allow_dirs)
+    with opened(tree / image) as storage:
+        found = policy.open(os.fsencode(name.format(tree=tree)), storage, "backing file")
+        try:
+            return found.read(100, 0).decode()
+        finally:
+            found.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("base", "images/base"),
+        ("./base", "images/base"),
+        ("../images/base", "images/base"),
+        ("sub/base", "images/sub/base"),
+        ("in", "images/sub/base"),
+        ("{tree}/images/base", "images/base"),
+        ("{tree}/elsewhere/base", "images/base"),
+        ("../other/back", "images/base"),
+        ("./a:b", "images/a:b"),
+        ("./nbd:x", "images/nbd:x"),
+        ("file:base", "images/base"),
+        ("file:a:b", "images/a:b"),
+        ("file:./a:b", "images/a:b"),
+        ("file:{tree}/images/base", "images/base"),
+        ("file://{tree}/images/base", "images/base"),
+    ],
+)
+def test_the_images_own_directory_and_those_below_are_trusted(tree, name, file):
+    assert read(tree, name) == file
+
+
+OUTSIDE = [
+    ("../base", "base"),
+    ("../images-old/base", "images-old/base"),
+    ("{tree}/other/base", "other/base"),
+    ("out", "other/base"),
+    ("outdir/deep/base", "other/deep/base"),
+    ("sub/../../other/base", "other/base"),
+    ("file:../other/base", "other/base"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), OUTSIDE)
+def test_a_file_elsewhere_is_refused_with_the_key_that_allows_it(tree, name, file):
+    with pytest.raises(UsageError) as caught:
+        read(tree, name)
+    assert "the backing file of " in str(caught.value)
+    add = re.search(r"add allow-dir=(\S+) if", str(caught.value))[1]
+    assert add == os.path.dirname(tree / file)
+    assert read(tree, name, [add]) == file
+
+
+@pytest.mark.parametrize(("name", "file"), OUTSIDE)
+def test_allowing_the_root_allows_everything(tree, name, file):
+    assert read(tree, name, ["/"]) == file
+
+
+@pytest.mark.parametrize(
+    ("allowed", "name", "works"),
+    [
+        ("other", "../other/base", True),
+        ("other/", "../other/base", True),
+        ("other/deep/..", "../other/base", True),
+        ("images/outdir", "../other/base", True),
+        ("other", "../other/deep/base", True),
+        ("other/deep", "../other/base", False),
+        ("images/sub", "../other/base", False),
+        ("other", "../images-old/base", False),
+    ],
+)
+def test_whole_components_of_real_paths_are_compared(tree, allowed, name, works):
+    if works:
+        assert read(tree, name, [allowed]) == name[3:]
+    else:
+        with pytest.raises(UsageError, match="lies outside"):
+            read(tree, name, [allowed])
+
+
+def test_several_directories_may_be_allowed(tree):
+    assert read(tree, "../base", ["images-old", "other", "."]) == "base"
+
+
+@pytest.mark.parametrize("name", ["base", "in", "../images/base"])
+def test_an_image_that_is_a_symlink_is_where_it_leads(tree, name):
+    assert read(tree, name, image="top-link") == read(tree, name)
+
+
+def test_the_directory_of_a_symlink_to_the_image_is_not_trusted(tree):
+    with pytest.raises(UsageError, match="lies outside"):
+        read(tree, "../base", image="top-link")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{{"driver":"raw","file":{{"driver":"file","filename":"base"}}}}',
+        "nbd:localhost:10809",
+        "nbd:x",
+        "nbd://localhost/",
+        "nbd+unix:///?socket=/run/s",
+        "https://example.com/base",
+        "ssh://host/base",
+        "fat:sub",
+        "host_device:/dev/loop0",
+        "FILE:base",
+        "a:b",
+        ":",
+    ],
+)
+def test_a_protocol_name_is_refused_wherever_files_are_trusted(tree, name):
+    with pytest.raises(UsageError, match="is a protocol name, only plain files are opened"):
+        read(tree, name, ["/"])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("missing", "no such file"),
+        ("sub", "is a directory"),
+        ("fifo", "is a FIFO"),
+        ("null", "is a character device"),
+        ("file:", "is a directory"),
+        ("file:json:{{}}", "no such file"),
+        ("nul\0", "null byte"),
+    ],
+)
+def test_trust_does_not_make_a_file_of_what_is_none(tree, name, why):
+    os.mkfifo(tree / "images" / "fifo")
+    (tree / "images" / "null").symlink_to("/dev/null")
+    with pytest.raises(UsageError, match=why):
+        read(tree, name, ["/"])
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "\x1b[31m", b"caf\xe9"])
+def test_the_refusal_is_one_line_whatever_the_directory_is_called(tree, odd):
+    directory = tree / os.fsdecode(odd)
+    directory.mkdir()
+    (directory / "base").write_bytes(b"")
+    with pytest.raises(UsageError) as caught:
+        read(tree, f"../{directory.name}/base")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "base", "images/base"])
+def test_an_allowed_directory_must_be_one(tree, missing):
+    with pytest.raises(UsageError, match=f"allow-dir={tree / missing}: .* give an existing dir"):
+        Policy([str(tree / missing)])
+
+
+def test_each_layer_trusts_its_own_directory_only(tmp_path):
+    """top/ names middle/, which names base/: one permission is not enough for both."""
+    chain = [tmp_path / f"{n}/disk.qcow2" for n in ("base", "middle", "top")]
+    for path in chain:
+        path.parent.mkdir()
+    create(chain[0], 64 * KiB)
+    create(chain[1], None, backing=("../base/disk.qcow2", "qcow2"))
+    create(chain[2], None, backing=("../middle/disk.qcow2", "qcow2"))
+    run("qemu-img", "snapshot", "-c", "s", chain[2])
+    allowed = []
+    for needed in ("middle", "base"):
+        with pytest.raises(UsageError, match=f"allow-dir={tmp_path / needed} "):
+            qcow2snap_core.open(str(chain[2]), allow_dirs=allowed)
+        allowed.append(str(tmp_path / needed))
+    with qcow2snap_core.open(str(chain[2]), allow_dirs=allowed) as image:
+        assert image.snapshot("s").pread(512, 0) == bytes(512)

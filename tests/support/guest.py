@@ -180,13 +180,13 @@ class Reader(threading.Thread):
             return (t.reads >= reads and t.failed >= failed) or not self.is_alive()
 
         with self._moved:
-            assert self._moved.wait_for(there, 60), f"the reader hangs: {self.tally}"
+            assert self._moved.wait_for(there, 120), f"the reader hangs: {self.tally}"
         assert there(), self.tally
         assert self.is_alive(), self.tally
 
     def finish(self) -> Tally:
         self._stop_now.set()
-        self.join(60)
+        self.join(120)
         assert not self.is_alive(), f"the reader hangs: {self.tally}"
         return self.tally
 

@@ -177,11 +177,12 @@ class Reader(threading.Thread):
 
         def there() -> bool:
             t = self.tally
-            return (t.reads >= reads and t.failed >= failed) or not self.is_alive()
+            enough = t.reads >= reads and t.failed >= failed
+            return enough or bool(t.bad) or not self.is_alive()
 
         with self._moved:
             assert self._moved.wait_for(there, 120), f"the reader hangs: {self.tally}"
-        assert there(), self.tally
+        assert not self.tally.bad, self.tally
         assert self.is_alive(), self.tally
 
     def finish(self) -> Tally:
@@ -224,3 +225,34 @@ class Reader(threading.Thread):
         tally.reads += 1
         tally.late += late or tally.failed > 0
         tally.wrong += wrong
+
+
+class Salvo:
+    """Many reads on many connections at once: all on their way, none answered to anybody yet."""
+
+    READS, LENGTH = 10, 4 * BLOCK  # so that a socket's buffer holds all of a connection's answers
+
+    def __init__(self, handles: list[nbd.NBD], expected: Expected, rng: random.Random) -> None:
+        self._expected = expected
+        self._asked = []
+        for _ in range(self.READS):
+            for handle in handles:
+                offset = rng.randrange(handle.get_size() // self.LENGTH) * self.LENGTH
+                buffer = nbd.Buffer(self.LENGTH)
+                self._asked.append((handle, handle.aio_pread(buffer, offset), buffer, offset))
+
+    def collect(self) -> Tally:
+        """Wait for the answers, and judge them."""
+        tally = Tally()
+        for handle, cookie, buffer, offset in self._asked:
+            try:
+                while not handle.aio_command_completed(cookie):
+                    handle.poll(-1)
+            except nbd.Error as e:
+                if e.errnum != errno.EIO:
+                    raise
+                tally.failed += 1
+            else:
+                tally.reads += 1
+                tally.wrong += self._expected.wrong(bytes(buffer.to_bytearray()), offset)
+        return tally

@@ -29,6 +29,12 @@ def fill_zeros(view: memoryview) -> None:
         piece[:] = _ZEROS[: len(piece)]
 
 
+def _end(storage: Storage, offset: int, got: int) -> int:
+    """Where the file ended when a read at ``offset`` got that few bytes: after them, and after
+    none at all perhaps far before."""
+    return offset + got if got else min(offset, storage.size())
+
+
 class Clusters:
     """Reads the data of one qcow2 file's clusters."""
 
@@ -56,9 +62,7 @@ class Clusters:
         sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
-            # After no byte at all the end may be anywhere before, not just here.
-            end = host + got if got else min(host, self._data.size())
-            self._check_end(host, len(buffer), end)
+            self._check_end(host, len(buffer), _end(self._data, host, got))
             fill_zeros(memoryview(buffer)[got:])
 
     def read_compressed(
@@ -97,7 +101,7 @@ class Clusters:
         offset, length = self._stream(entry)
         stream = self._file.read(length, offset)
         if len(stream) < length:
-            self._check_stream(offset, length, offset + len(stream))
+            self._check_stream(offset, length, _end(self._file, offset, len(stream)))
         try:
             return self._codec.decode(stream, self._size)
         except ImageError as e:

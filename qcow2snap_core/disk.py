@@ -159,18 +159,23 @@ class Disk:
             yield last
 
     def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
-        """As :meth:`pieces`, with the guard asked before any of them is handed out."""
+        """As :meth:`pieces`, with the guard asked before any of them is handed out.
+
+        Those before a damaged table are handed out first, then its error is raised.
+        """
         pieces = self.pieces(offset, length)
-        while True:
+        damage: Error | None = None
+        while damage is None:
+            batch: list[Piece] = []
             try:
-                batch = list(islice(pieces, _BATCH))
-            except (ImageError, StorageError):
-                self._guard.check()
-                raise
+                batch.extend(islice(pieces, _BATCH))
+            except (ImageError, StorageError) as e:
+                damage = e
             self._guard.check()
-            if not batch:
+            if not batch and damage is None:
                 return
             yield from batch
+        raise damage
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""

@@ -46,6 +46,10 @@ class Sighting(NamedTuple):
     table: bytearray  # shared by all its entries; goes on growing while it is parsed
 
     @property
+    def entry_offset(self) -> int:
+        return self.offset + self.start
+
+    @property
     def entry(self) -> bytes:
         return bytes(self.table[self.start : self.end])
 

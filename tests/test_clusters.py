@@ -48,7 +48,7 @@ def file(tmp_path):
 def test_the_rest_of_the_files_own_last_cluster_is_zeros(file, length, host, n):
     with opened(file(NOISE, length)) as storage:
         buffer = bytearray(b"x" * n)
-        clusters(storage).read(buffer, host)
+        clusters(storage).read(buffer, host, guest=0)
         assert buffer == NOISE[host : min(host + n, length)].ljust(n, b"\0")
         assert clusters(storage).locate(False, host, n) == host
 
@@ -65,7 +65,7 @@ def test_a_cluster_wholly_past_the_end_is_an_error(file, length, host, n):
     with opened(file(NOISE, length)) as storage:
         message = rf"data cluster at host offset 0x\w+ lies past the end of the file \({length} by"
         with pytest.raises(ImageError, match=message):
-            clusters(storage).read(bytearray(n), host)
+            clusters(storage).read(bytearray(n), host, guest=0)
         with pytest.raises(ImageError, match=message):
             clusters(storage).locate(False, host, n)
 

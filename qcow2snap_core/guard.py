@@ -20,12 +20,13 @@ docs/live.md has the whole argument.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Lock
 from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, shown
-from .snapshots import Snapshot, date, read_table_once
+from .snapshots import Sighting, Snapshot, date, read_table_once
 from .storage import Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -60,20 +61,18 @@ class SnapshotGuard:
         self._identity = snapshot.identity
         self._lock = Lock()
         self._gone: str | None = None
-        # Replaced as a whole, since other threads compare with it meanwhile.
-        self._seen = snapshot.sighting
+        self._unchanged = self._watch(snapshot.sighting)
         self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
 
     def check(self) -> None:
-        if self._gone is None:
-            fields, offset, entry = self._seen
-            read = self._storage.read
-            if (
-                read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET) == fields
-                and read(len(entry), offset) == entry
-            ):
-                return
-        self._look_again()
+        if self._gone is not None or not self._unchanged():
+            self._look_again()
+
+    def _watch(self, seen: Sighting) -> Callable[[], bool]:
+        """The header first, then the entry: see above."""
+        return self._storage.watch(
+            [(q.SNAPSHOT_FIELDS_OFFSET, seen.fields), (seen.offset, seen.entry)]
+        )
 
     def _look_again(self) -> None:
         """Find the snapshot where it is now, or make sure that it is nowhere."""
@@ -86,7 +85,7 @@ class SnapshotGuard:
                 if not table.torn:
                     for snapshot in table.snapshots:
                         if snapshot.identity == self._identity:
-                            self._seen = snapshot.sighting
+                            self._unchanged = self._watch(snapshot.sighting)
                             return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0

@@ -5,9 +5,9 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
-SOURCES := plugin qcow2snap_core tests
+SOURCES := plugin qcow2snap_core tests benchmarks
 
-.PHONY: help demo test check lint format deps deps-test clean
+.PHONY: help demo test check bench lint format deps deps-test clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -15,6 +15,7 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
+	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin; images in build/bench/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
@@ -37,6 +38,11 @@ test: lint check
 TESTS ?= tests
 check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
+
+ROUNDS ?= 5
+bench:
+	@packaging/install-deps bench
+	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

@@ -99,11 +99,16 @@ def patch(path: Path, offset: int, data: bytes) -> None:
         f.write(data)
 
 
-def field64(path: Path, offset: int) -> int:
-    """A big-endian 64-bit field of a file."""
+def peek(path: Path, offset: int, length: int) -> bytes:
+    """Some bytes of a file."""
     with open(path, "rb") as f:
         f.seek(offset)
-        return int.from_bytes(f.read(8), "big")
+        return f.read(length)
+
+
+def field64(path: Path, offset: int) -> int:
+    """A big-endian 64-bit field of a file."""
+    return int.from_bytes(peek(path, offset, 8), "big")
 
 
 def snapshots(path: Path) -> dict[str, Snapshot]:
@@ -158,7 +163,11 @@ def extents(path: Path) -> list[tuple[int, int, int]]:
 
 @dataclass
 class RandomImage:
-    """Seeded random writes, zero-writes and discards, with snapshots in between."""
+    """Seeded random writes, zero-writes and discards, with snapshots in between.
+
+    Half of the data is noise from files, so that no two bytes of a cluster can be exchanged
+    unseen; it is made of 16 values, and so compresses to about half.
+    """
 
     path: Path
     seed: int
@@ -173,16 +182,37 @@ class RandomImage:
         """Create the image; returns the names of its snapshots, oldest first."""
         rng = random.Random(self.seed)
         names = ["one", "two", "three"] if names is None else names
-        create(self.path, self.size, backing=self.backing, **self.options)
+        if self.fmt == "raw":
+            with open(self.path, "wb") as f:
+                f.truncate(self.size)
+        else:
+            create(self.path, self.size, backing=self.backing, **self.options)
+        for i in range(self._NOISES):
+            length = 1 + rng.randrange(256 * KiB)  # odd, mostly: io repeats it at any offset
+            self._noise(i).write_bytes(rng.randbytes(length).hex().encode()[:length])
         for name in names:
             self.play(rng, operations)
             take(self.path, name)
         self.play(rng, operations)
+        for i in range(self._NOISES):
+            self._noise(i).unlink()
         return names
 
     def play(self, rng: random.Random, operations: int) -> None:
         """One round of random changes to the active disk."""
-        io(self.path, *(self._command(rng) for _ in range(operations)), fmt=self.fmt)
+        count = operations // 2 if self.compressed else 0
+        # QEMU compresses over unallocated clusters only.  And it packs streams into a cluster
+        # even after that was freed meanwhile (7.2), so nothing else happens between them.
+        clusters = {self._whole_cluster(rng) for _ in range(count)}
+        commands = [f"discard {c}" for c in sorted(clusters)]
+        commands += [f"write -c {self._data(rng)} {c}" for c in sorted(clusters)]
+        commands += [self._command(rng) for _ in range(operations - count)]
+        io(self.path, *commands, fmt=self.fmt)
+
+    _NOISES = 3
+
+    def _noise(self, i: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.noise{i}")
 
     def _command(self, rng: random.Random) -> str:
         grains = self.size // self.grain
@@ -190,18 +220,23 @@ class RandomImage:
         count = min(grains - start, 1 + int(rng.expovariate(1 / (64 * KiB / self.grain))))
         where = f"{start * self.grain} {count * self.grain}"
         kind = rng.random()
-        if self.compressed and kind < 0.5:
-            return self._compressed_write(rng)
         if kind < 0.65:
-            return f"write -P {rng.randrange(1, 256)} {where}"
+            return f"write {self._data(rng)} {where}"
+        if kind < 0.7:
+            return f"write -z -u {self._whole_cluster(rng)}"
         if kind < 0.8:
             return f"write -z {where}"
         if kind < 0.9:
             return f"write -z -u {where}"
         return f"discard {where}"
 
-    def _compressed_write(self, rng: random.Random) -> str:
-        """A whole cluster; QEMU compresses no less."""
+    def _data(self, rng: random.Random) -> str:
+        if rng.random() < 0.5:
+            return f"-P {rng.randrange(1, 256)}"
+        return f"-s {self._noise(rng.randrange(self._NOISES))}"
+
+    def _whole_cluster(self, rng: random.Random) -> str:
+        """One cluster, or what the disk's end leaves of it."""
         cluster = int(str(self.options.get("cluster_size", 64 * KiB)))
-        start = rng.randrange(max(1, self.size // cluster)) * cluster
-        return f"write -c -P {rng.randrange(1, 256)} {start} {min(cluster, self.size - start)}"
+        start = rng.randrange(-(-self.size // cluster)) * cluster
+        return f"{start} {min(cluster, self.size - start)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import sys
 
 from .errors import UsageError, reason, shown
@@ -45,7 +46,7 @@ def _from_file(key: str, path: str) -> bytes:
 
 
 def _from_descriptor(key: str, number: str) -> bytes:
-    if not number.isascii() or not number.isdigit() or int(number) <= 2:
+    if not re.fullmatch("[0-9]{1,9}", number, re.ASCII) or int(number) <= 2:
         raise UsageError(f"{key}=-FD: give the number of an open descriptor above 2")
     return _first_line(key, int(number))
 
@@ -54,7 +55,6 @@ def _first_line(key: str, fd: int) -> bytes:
     try:
         with open(fd, "rb") as f:
             line = f.readline(_LONGEST)
-    except (OSError, OverflowError) as e:
-        said = reason(e) if isinstance(e, OSError) else str(e)
-        raise UsageError(f"{key}=: cannot read the passphrase: {said}") from e
+    except OSError as e:
+        raise UsageError(f"{key}=: cannot read the passphrase: {reason(e)}") from e
     return line.removesuffix(b"\n")

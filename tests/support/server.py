@@ -146,14 +146,15 @@ def serve(*arguments: object, filters: tuple[str, ...] = (), **keys: object) -> 
     """nbdkit on a Unix socket until the block ends; it must still be alive then."""
     with tempfile.TemporaryDirectory() as directory:
         socket, log = Path(directory, "nbd.sock"), Path(directory, "log")
+        ready = Path(directory, "pid")  # written when it listens; the socket is there before
         line = command(*arguments, filters=filters, **keys)
-        line[1:1] = ["-f", "-U", str(socket)]
+        line[1:1] = ["-f", "-U", str(socket), "-P", str(ready)]
         with open(log, "wb") as stderr:
             process = subprocess.Popen(line, stderr=stderr, stdin=subprocess.DEVNULL)
         server = Server(process, socket, log)
         try:
             deadline = time.monotonic() + 30
-            while not socket.exists():
+            while not ready.exists():
                 assert process.poll() is None, f"{shlex.join(line)}: {server.log}"
                 assert time.monotonic() < deadline, "nbdkit did not start"
                 time.sleep(0.01)

@@ -21,7 +21,7 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "a whole L1 entry": (2 * MiB, {"cluster_size": 4 * KiB}),
     "2M": (3 * MiB, {"cluster_size": 2 * MiB}),
     "extended L2": (3 * MiB, {"extended_l2": "on"}),
-    "extended L2, a whole L1 entry": (8 * MiB, {"extended_l2": "on", "cluster_size": 16 * KiB}),
+    "extended L2, a whole L1 entry": (16 * MiB, {"extended_l2": "on", "cluster_size": 16 * KiB}),
     "zstd": (3 * MiB, {"compression_type": "zstd"}),
 }
 

@@ -22,7 +22,6 @@ docs/live.md has the whole argument.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from threading import Lock
 from typing import Final, Protocol
 
@@ -63,18 +62,20 @@ class SnapshotGuard:
         self._identity = snapshot.identity
         self._lock = Lock()
         self._gone: str | None = None
-        self._unchanged = self._watch(snapshot.sighting)
+        # Replaced as a whole, since other threads compare with it meanwhile.
+        self._seen = _in_force(snapshot.sighting)
         self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
 
     def check(self) -> None:
-        if self._gone is not None or not self._unchanged():
-            self._look_again()
-
-    def _watch(self, seen: Sighting) -> Callable[[], bool]:
-        """The header first, then the table up to the entry: see above."""
-        return self._storage.watch(
-            [(q.SNAPSHOT_FIELDS_OFFSET, seen.fields), (seen.offset, seen.table_so_far)]
-        )
+        if self._gone is None:
+            fields, offset, table = self._seen
+            read = self._storage.read
+            if (
+                read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET) == fields
+                and read(len(table), offset) == table
+            ):
+                return
+        self._look_again()
 
     def _look_again(self) -> None:
         """Find the snapshot where it is now, or make sure that it is nowhere."""
@@ -87,7 +88,7 @@ class SnapshotGuard:
                 if not table.torn:
                     for snapshot in table.snapshots:
                         if snapshot.identity == self._identity:
-                            self._unchanged = self._watch(snapshot.sighting)
+                            self._seen = _in_force(snapshot.sighting)
                             return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
@@ -105,3 +106,8 @@ class SnapshotGuard:
                 f"cannot tell whether {self._described} is still in {shown(self._storage.path)}: "
                 f"{why}"
             )
+
+
+def _in_force(sighting: Sighting) -> tuple[bytes, int, bytes]:
+    """What must still be there: the header's fields; the table's offset and first bytes."""
+    return sighting.fields, sighting.offset, sighting.table_so_far

@@ -17,12 +17,11 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
 from .pool import Pool
-from .quickread import SMALL, read_cached, watch
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
@@ -45,10 +44,6 @@ class Storage(Protocol):
 
     def read(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from host ``offset``; fewer only where the file ends."""
-
-    def watch(self, places: Sequence[tuple[int, bytes]]) -> Callable[[], bool]:
-        """A function that reads some places, in this order, and tells whether all still hold
-        these bytes.  It returns False when the disk fails."""
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """The range as (offset, length, is a hole that reads as zeros)."""
@@ -126,8 +121,6 @@ class File:
         return os.fstat(self._fd).st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
-        if len(buffer) <= SMALL and read_cached(self._fd, buffer, offset) == len(buffer):
-            return len(buffer)
         try:
             got = os.preadv(self._fd, (buffer,), offset)
             if got == len(buffer) or not got:
@@ -156,9 +149,6 @@ class File:
             return data
         except OSError as e:
             raise _failed(self.path, offset, length, e) from e
-
-    def watch(self, places: Sequence[tuple[int, bytes]]) -> Callable[[], bool]:
-        return watch(self._fd, places)
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         end = offset + length
@@ -241,9 +231,6 @@ class BlockDevice:
         data = bytearray(length)
         return bytes(memoryview(data)[: self.read_into(data, offset)])
 
-    def watch(self, places: Sequence[tuple[int, bytes]]) -> Callable[[], bool]:
-        return watch_by_reading(self, places)
-
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         yield offset, length, False
 
@@ -252,18 +239,6 @@ class BlockDevice:
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def watch_by_reading(storage: Storage, places: Sequence[tuple[int, bytes]]) -> Callable[[], bool]:
-    """:meth:`Storage.watch` for storages that have no quicker way."""
-
-    def unchanged() -> bool:
-        try:
-            return all(storage.read(len(content), at) == content for at, content in places)
-        except StorageError:
-            return False
-
-    return unchanged
 
 
 def _failed(path: str, offset: int, length: int, e: OSError) -> Error:

@@ -21,7 +21,6 @@ from support.live import running
 from support.qemu import KiB, MiB
 from support.tables import Entry
 
-from qcow2snap_core import quickread
 from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.guard import SnapshotGuard
 from qcow2snap_core.image import open_image
@@ -73,15 +72,6 @@ def act(
         at(after, len(buffer), offset)
         return got
 
-    pread = quickread.pread
-
-    def hooked_pread(fd: int, memory: int, length: int, offset: int) -> int:
-        at(before, length, offset)
-        got: int = pread(fd, memory, length, offset)
-        at(after, length, offset)
-        return got
-
-    monkeypatch.setattr(quickread, "pread", hooked_pread)
     monkeypatch.setattr(File, "read", hooked_read)
     monkeypatch.setattr(File, "read_into", hooked_read_into)
 

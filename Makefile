@@ -7,7 +7,7 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests
 
-.PHONY: help demo test check lint format deps deps-test clean
+.PHONY: help demo test test-live compare-live check lint format deps deps-test clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -15,6 +15,8 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
+	@echo "make test-live       the tests beside a running QEMU, at full length (half an hour)"
+	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
@@ -35,6 +37,13 @@ test: lint check
 TESTS ?= tests
 check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
+
+# On one core at a time: what is measured here is many reads against one QEMU.
+test-live: deps-test
+	QCOW2SNAP_LIVE=long $(PYTHON) -m pytest -q -rP --timeout=1800 tests/live
+
+compare-live: deps-test
+	@$(PYTHON) tests/live/compare_qemu_nbd.py
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

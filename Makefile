@@ -7,7 +7,7 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
-.PHONY: help demo test check bench lint format deps deps-test clean
+.PHONY: help demo test test-live compare-live check bench lint format deps deps-test clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -15,6 +15,8 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
+	@echo "make test-live       the tests beside a running QEMU, at full length (half an hour)"
+	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin; images in build/bench/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
@@ -43,6 +45,13 @@ ROUNDS ?= 5
 bench:
 	@packaging/install-deps bench
 	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
+
+# On one core at a time: what is measured here is many reads against one QEMU.
+test-live: deps-test
+	QCOW2SNAP_LIVE=long $(PYTHON) -m pytest -q -rP --timeout=1800 tests/live
+
+compare-live: deps-test
+	@$(PYTHON) tests/live/compare_qemu_nbd.py
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

@@ -28,7 +28,7 @@ from typing import Final, Protocol
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, shown
 from .snapshots import Sighting, Snapshot, date, read_table_once
-from .storage import Storage
+from .storage import Pieces, Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -67,15 +67,8 @@ class SnapshotGuard:
         self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
 
     def check(self) -> None:
-        if self._gone is None:
-            fields, offset, table = self._seen
-            read = self._storage.read
-            if (
-                read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET) == fields
-                and read(len(table), offset) == table
-            ):
-                return
-        self._look_again()
+        if self._gone is not None or not self._storage.holds(self._seen):
+            self._look_again()
 
     def _look_again(self) -> None:
         """Find the snapshot where it is now, or make sure that it is nowhere."""
@@ -108,6 +101,9 @@ class SnapshotGuard:
             )
 
 
-def _in_force(sighting: Sighting) -> tuple[bytes, int, bytes]:
-    """What must still be there: the header's fields; the table's offset and first bytes."""
-    return sighting.fields, sighting.offset, sighting.table_so_far
+def _in_force(sighting: Sighting) -> Pieces:
+    """What must still be there: the header's fields first, then the table up to the entry."""
+    return (
+        (sighting.fields, q.SNAPSHOT_FIELDS_OFFSET),
+        (sighting.table_so_far, sighting.offset),
+    )

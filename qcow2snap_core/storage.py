@@ -26,6 +26,9 @@ from .pool import Pool
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
 
+Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
+
+
 class Storage(Protocol):
     """Something with bytes at host offsets."""
 
@@ -44,6 +47,9 @@ class Storage(Protocol):
 
     def read(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from host ``offset``; fewer only where the file ends."""
+
+    def holds(self, pieces: Pieces) -> bool:
+        """Whether each piece is still what it was, looked at in this order."""
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """The range as (offset, length, is a hole that reads as zeros)."""
@@ -150,6 +156,17 @@ class File:
         except OSError as e:
             raise _failed(self.path, offset, length, e) from e
 
+    def holds(self, pieces: Pieces) -> bool:
+        # Part of every request: no more calls than the two that the kernel has to answer.
+        pread, fd = os.pread, self._fd
+        try:
+            for content, offset in pieces:
+                if pread(fd, len(content), offset) != content:
+                    return False
+        except OSError as e:
+            raise _failed(self.path, offset, len(content), e) from e
+        return True
+
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         end = offset + length
         while offset < end:
@@ -230,6 +247,9 @@ class BlockDevice:
     def read(self, length: int, offset: int) -> bytes:
         data = bytearray(length)
         return bytes(memoryview(data)[: self.read_into(data, offset)])
+
+    def holds(self, pieces: Pieces) -> bool:
+        return all(self.read(len(content), offset) == content for content, offset in pieces)
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         yield offset, length, False

@@ -210,20 +210,20 @@ def test_deleted_while_the_server_hangs(tmp_path: Path, shape: Shape) -> None:
         server = stack.enter_context(serve(file=path))
         q = stack.enter_context(shape.run(path))
         disk = stack.enter_context(q.guest())
-        for _ in range(ROUNDS):
+        for _ in range(2 * ROUNDS):
             guest.write_all(disk, WRITTEN)
             expected = guest.take(q, "served")
             guest.write_all(disk, WRITTEN // 3)
             with ExitStack() as held:
                 handles = [held.enter_context(server.connect("served")) for _ in range(16)]
                 salvo = Salvo(handles, expected, rng)
-                time.sleep(rng.random() * 0.01)  # anywhere in the middle of them
+                time.sleep(rng.random() * 0.004)  # anywhere in the middle of them
                 with stopped(server.process):
                     q.delete("served")
                     guest.write_all(disk, WRITTEN)
                 total.add(salvo.collect())
     assert total.bad == {}, total
-    print(f"{ROUNDS} rounds: {total}")
+    print(f"{2 * ROUNDS} rounds: {total}")
 
 
 def test_qemu_killed_in_the_middle_of_writing(tmp_path: Path, shape: Shape) -> None:

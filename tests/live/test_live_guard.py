@@ -25,7 +25,7 @@ from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.guard import SnapshotGuard
 from qcow2snap_core.image import open_image
 from qcow2snap_core.snapshots import Snapshot, read_fields, read_table
-from qcow2snap_core.storage import File, Storage
+from qcow2snap_core.storage import File, Pieces, Storage
 
 HEADER_FIELDS = (12, 60)
 BLOCKS = 64  # that the guest has written
@@ -53,7 +53,7 @@ def act(
     after: Callable[[int, int], bool] = lambda length, offset: False,
 ) -> None:
     """Have something done, once, before or after the first read of the file that fits."""
-    read, read_into = File.read, File.read_into
+    read, read_into, holds = File.read, File.read_into, File.holds
     left = [do]
 
     def at(when: Callable[[int, int], bool], length: int, offset: int) -> None:
@@ -72,6 +72,16 @@ def act(
         at(after, len(buffer), offset)
         return got
 
+    def hooked_holds(self: File, pieces: Pieces) -> bool:
+        for content, offset in pieces:
+            at(before, len(content), offset)
+            same = holds(self, ((content, offset),))
+            at(after, len(content), offset)
+            if not same:
+                return False
+        return True
+
+    monkeypatch.setattr(File, "holds", hooked_holds)
     monkeypatch.setattr(File, "read", hooked_read)
     monkeypatch.setattr(File, "read_into", hooked_read_into)
 

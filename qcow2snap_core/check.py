@@ -10,11 +10,10 @@ not reported.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from operator import or_
+from operator import gt, or_
 from typing import Final, NamedTuple
 
 from . import ondisk as q
@@ -23,7 +22,6 @@ from .errors import ImageError
 from .image import Image
 from .refcounts import Refcounts, Uses, crypto_area, integers, past_end
 from .snapshots import Snapshot
-from .space import sorted_out
 
 ACTIVE: Final = "@active"
 MOST: Final = 1000  # findings; a lost table can make millions
@@ -76,6 +74,7 @@ class _Check:
         self._image = image
         self._chosen = chosen
         self._bits = image.header.cluster_bits
+        self._data_file = image.header.has_data_file
         self._end = past_end(image.storage, image.header.cluster_size)
         self._claims: dict[int, str] = {}  # cluster: whose metadata
         self._uses = Uses()
@@ -222,8 +221,11 @@ class _Check:
             return
         if self._looks_odd(entries):
             self._judge(index, owners)
-        for cluster in self._clusters(entries):
-            self._uses.add(cluster, len(owners))
+        clusters = list(self._clusters(entries))
+        self._uses.add_all(clusters, len(owners))
+        if self._claims.keys().isdisjoint(clusters):
+            return
+        for cluster in clusters:
             if cluster in self._claims:
                 host = cluster << self._bits
                 self._found(
@@ -239,13 +241,10 @@ class _Check:
         header = self._image.header
         if header.extended_l2 or header.has_data_file:
             return True
-        streams, offsets = sorted_out(array("Q", entries))
-        used = reduce(or_, (e for e in entries if not e & q.OFLAG_COMPRESSED), 0)
         flags = q.OFLAG_ZERO if header.version >= 3 else 0
+        used = reduce(or_, entries, 0)
         return bool(
-            streams
-            or used & ~(q.OFFSET_MASK & -header.cluster_size | flags)
-            or max(offsets, default=0) >= self._end
+            used & ~(q.OFFSET_MASK & -header.cluster_size | flags) or max(entries) >= self._end
         )
 
     def _judge(self, index: int, owners: list[_Owner]) -> None:
@@ -263,14 +262,13 @@ class _Check:
         """The clusters of the file that the entries refer to, each as often as they do."""
         bits, end = self._bits, self._end
         for entry in entries:
+            offset = entry & q.OFFSET_MASK
             if entry & q.OFLAG_COMPRESSED:
                 offset, length = self._image.stream(entry)
                 if offset < end:
                     yield from range(offset >> bits, (min(offset + length, end) - 1 >> bits) + 1)
-            elif not self._image.header.has_data_file:
-                offset = entry & q.OFFSET_MASK
-                if 0 < offset < end:
-                    yield offset >> bits
+            elif 0 < offset < end and not self._data_file:
+                yield offset >> bits
 
     def _check_copied(self) -> None:
         """COPIED lets QEMU write in place; on the active disk it must mean that nobody shares."""
@@ -303,21 +301,19 @@ class _Check:
 
     def _compare(self, refcounts: Refcounts) -> None:
         """Report what is in use more often than it is counted."""
-        number = -1
-        counts: Sequence[int] = ()
         bad: dict[int, tuple[int, int]] = {}
-        for cluster, used in self._uses.items():
-            if cluster // refcounts.per_block != number:
-                number = cluster // refcounts.per_block
-                try:
-                    counts = refcounts.block(number)
-                except ImageError:  # reported already
-                    counts = (1 << 64,) * refcounts.per_block
-            counted = counts[cluster % refcounts.per_block]
-            if counted < used:
-                bad[cluster] = used, counted
-                if len(bad) == MOST:
-                    break
+        for first, uses in self._uses.stretches(refcounts.per_block):
+            number, at = divmod(first, refcounts.per_block)
+            try:
+                counts = refcounts.block(number)[at : at + len(uses)]
+            except ImageError:  # reported already
+                continue
+            if any(map(gt, uses, counts)):
+                for cluster, (used, counted) in enumerate(zip(uses, counts, strict=True), first):
+                    if counted < used:
+                        bad[cluster] = used, counted
+            if len(bad) >= MOST:
+                break
         users = self._users(bad)
         for cluster, (used, counted) in bad.items():
             host = cluster << self._bits

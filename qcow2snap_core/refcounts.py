@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from . import ondisk as q
@@ -86,13 +86,23 @@ class Uses:
         page = self._pages.get(cluster >> self._PAGE_BITS)
         return page[cluster & self._PAGE - 1] if page is not None else 0
 
-    def items(self) -> Iterator[tuple[int, int]]:
-        """(cluster, times) of those in use, in order."""
+    def add_all(self, clusters: Iterable[int], times: int) -> None:
+        """:meth:`add` for many, which are mostly neighbours."""
+        last, mask = -1, self._PAGE - 1
+        page = self._empty
+        for cluster in clusters:
+            number = cluster >> self._PAGE_BITS
+            if number != last:
+                self.add(cluster, 0)
+                page, last = self._pages[number], number
+            page[cluster & mask] += times
+
+    def stretches(self, most: int) -> Iterator[tuple[int, Sequence[int]]]:
+        """(first cluster, how often each is in use), in order, ``most`` clusters or less."""
+        step = min(most, self._PAGE)
         for number in sorted(self._pages):
-            first = number << self._PAGE_BITS
-            for at, times in enumerate(self._pages[number]):
-                if times:
-                    yield first + at, times
+            for at in range(0, self._PAGE, step):
+                yield (number << self._PAGE_BITS) + at, self._pages[number][at : at + step]
 
 
 def integers(raw: bytes, kind: str) -> array[int]:

@@ -1,0 +1,45 @@
+"""The command qcow2snap, run as users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from support.server import ROOT
+
+
+def qcow2snap(*arguments: object, status: int = 0) -> str:
+    """What it prints; it must end with that status, and say nothing else when that is 0."""
+    done = run(*arguments)
+    assert done.returncode == status, (arguments, done)
+    assert status or not done.stderr, done.stderr
+    return done.stdout
+
+
+def qcow2snap_json(*arguments: object, status: int = 0) -> list[dict[str, Any]]:
+    """What it prints with --json."""
+    found: list[dict[str, Any]] = json.loads(qcow2snap(*arguments, "--json", status=status))
+    return found
+
+
+def fails(*arguments: object) -> str:
+    """The one line with which it fails."""
+    done = run(*arguments)
+    assert done.returncode == 1, done
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )

@@ -39,6 +39,8 @@ class Options:
     passphrases: dict[int, bytes] = field(default_factory=dict, repr=False)  # by layer
     l2_cache_size: int = 32 << 20  # bytes
     cluster_cache_size: int = 64 << 20
+    data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
+    layers: bool = True  # False: not even the files that the image names are needed
 
 
 class _Shared:
@@ -185,12 +187,14 @@ class Image:
         """How to read this file's clusters; ``layer`` counts from the image down."""
         shared, header = self._shared, self.header
         data = self.storage
-        if header.has_data_file:
+        if header.has_data_file and shared.options.layers:
             name = header.extensions.get(q.EXT_DATA_FILE)
             if not name:
                 raise ImageError(f"{shown(self.path)} does not name its external data file")
             data = shared.policy.open(name, self.storage, "data file")
             shared.storages.append(data)
+        if not shared.options.data:
+            return Clusters(self.storage, data, header.cluster_bits, deflate(), shared.clusters)
         passphrases = shared.options.passphrases
         encryption = open_encryption(
             self.storage,
@@ -214,9 +218,9 @@ class Image:
 
     def _open_below(self) -> Layer | None:
         name = self.header.backing_file
-        if name is None:
-            return None
         options = self._shared.options
+        if name is None or not options.layers:
+            return None
         recorded = self.header.backing_format
         form = options.backing_format if recorded is None else recorded
         if form is None:
@@ -244,7 +248,7 @@ def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 
     shared = _Shared(options)
     try:
         image = Image(open_storage(path), shared)
-        if options.passphrases and not shared.encrypted:
+        if options.passphrases and options.data and not shared.encrypted:
             raise UsageError(f"{shown(path)} is not encrypted: leave out the passphrase")
         return image
     except BaseException:

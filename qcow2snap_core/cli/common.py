@@ -1,0 +1,93 @@
+"""What several commands share: the options that open an image, and ways to print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from ..disk import Disk
+from ..errors import UsageError
+from ..image import BACKING_FORMATS, Image, Options, open_image
+from ..passphrase import read_passphrase
+
+ACTIVE: Final = "@active"
+
+_MOST_LAYERS: Final = 9  # of which each can have a passphrase of its own
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how an image is opened; they mean what the plugin's keys mean."""
+    group = parser.add_argument_group("how to open the image")
+    group.add_argument(
+        "--allow-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further directory in which backing files may lie; / trusts every path",
+    )
+    group.add_argument(
+        "--backing-format",
+        choices=BACKING_FORMATS,
+        help="the format of a backing file whose image records none",
+    )
+    group.add_argument(
+        "--passphrase",
+        dest="passphrase_0",
+        metavar="SECRET|+FILE|-|-FD",
+        help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
+    )
+    for layer in range(1, _MOST_LAYERS + 1):
+        group.add_argument(
+            f"--passphrase.{layer}", dest=f"passphrase_{layer}", help=argparse.SUPPRESS
+        )
+
+
+def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
+    """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
+
+    Raises as :func:`.open_image`.
+    """
+    passphrases = {}
+    for layer in range(_MOST_LAYERS + 1):
+        value = getattr(args, f"passphrase_{layer}")
+        if value is not None and data:
+            key = f"--passphrase.{layer}" if layer else "--passphrase"
+            passphrases[layer] = read_passphrase(key, value)
+    options = Options(
+        tuple(args.allow_dir), args.backing_format, passphrases, data=data, layers=layers
+    )
+    return open_image(args.file, options)
+
+
+def disk_named(image: Image, name: str) -> Disk:
+    """The disk of a snapshot, by ID or name; ``@active`` is the active one unless a snapshot has
+    that name.  Raises as :meth:`.Image.snapshot`."""
+    try:
+        return image.snapshot(name)
+    except UsageError:
+        if name == ACTIVE:
+            return image.active_disk()
+        raise
+
+
+def print_json(objects: Iterable[dict[str, Any]]) -> None:
+    """One array, an object a line, written as the objects come."""
+    before = "["
+    for each in objects:
+        sys.stdout.write(f"{before}\n{json.dumps(each)}")
+        before = ","
+    sys.stdout.write("[]\n" if before == "[" else "\n]\n")
+
+
+def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Rows in aligned columns, the first being the titles; ``right`` are columns of numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

@@ -143,6 +143,16 @@ class Image:
 
     # --- Opening and closing ---
 
+    @property
+    def files(self) -> tuple[Storage, ...]:
+        """Every file that is open for it: its own, the layers' below, their data files."""
+        return tuple(self._shared.storages)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether any layer of it is."""
+        return self._shared.encrypted
+
     def close(self) -> None:
         """Close the files; disks of it must not be used any more."""
         for storage in self._shared.storages:

@@ -17,16 +17,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from .disk import Disk, Extent, RawLayer
+from .diff import differences
+from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
-from .outputs import check_space, output
+from .outputs import check_other, check_space, output
 from .progress import progress
-from .storage import Buffer, Storage, open_storage
+from .storage import open_storage
 from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
-from .transfer import THREADS, Amount, Plan, count, transfer, whole
+from .transfer import THREADS, Amount, Plan, RawSource, count, transfer, whole
 from .units import binary
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
@@ -53,29 +54,24 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
-    plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(image, since, new))
+    plan: Plan = (lambda: whole(new)) if since is None else (lambda: differences(image, since, new))
     job = _Job(new, plan, count(plan), since)
     kind = file_kind(target)
     if re.match(r"nbds?(\+[a-z]+)?://", target):
         job.into(NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS), target)
     elif kind == stat.S_IFBLK:
-        _check_other(image, target)
+        check_other(image.files, target)
         job.into(open_device(target), target)
     elif kind is not None and kind != stat.S_IFREG:
         raise UsageError(f"{shown(target)} is neither a file nor a block device")
     elif since is None:
-        _check_other(image, target)
+        check_other(image.files, target)
         job.new_file(target)
     else:
-        _check_other(image, target)
+        check_other(image.files, target)
         _check_old(target, since)
         (job.update_in_place if in_place else job.update)(target)
     return Copied(job.amount, time.monotonic() - began)
-
-
-def changes(image: Image, old: Disk, new: Disk) -> Iterator[Extent]:
-    """What must be written over ``old`` to make it ``new``."""
-    raise UsageError("--since is not there yet")
 
 
 class _Job:
@@ -133,7 +129,7 @@ class _Job:
             with suppress(OSError), open(path, "rb") as f:
                 fcntl.ioctl(fd, _FICLONE, f.fileno())
                 return
-            source = _File(old)
+            source = RawSource(RawLayer(old))
             amount = count(source.plan)
             needed = amount.data + self.amount.data
             check_space(os.path.dirname(os.path.realpath(path)), needed, f"a copy of {shown(path)}")
@@ -142,20 +138,6 @@ class _Job:
                 transfer(source, source.plan, RawTarget(path, fd, empty=True), advance)
         finally:
             old.close()
-
-
-class _File:
-    """A raw file as a source."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._layer = RawLayer(storage)
-
-    def pread_into(self, buffer: Buffer, offset: int) -> None:
-        self._layer.fill(memoryview(buffer), offset)
-
-    def plan(self) -> Iterator[Extent]:
-        for offset, length, kind, _ in self._layer.pieces(0, self._layer.size):
-            yield Extent(offset, length, kind)
 
 
 @contextmanager
@@ -183,19 +165,6 @@ def _keep_mode(path: str, fd: int) -> None:
     """A file that replaces another keeps its permissions."""
     with suppress(FileNotFoundError):
         os.fchmod(fd, stat.S_IMODE(os.stat(path).st_mode))
-
-
-def _check_other(image: Image, target: str) -> None:
-    """Raises UsageError when the target is one of the image's own files."""
-    if file_kind(target) is None:
-        return
-    status = os.stat(target)
-    inode: Any = (status.st_dev, status.st_ino)
-    if stat.S_ISBLK(status.st_mode):
-        inode = (-1, status.st_rdev)
-    for file in image.files:
-        if file.inode == inode:
-            raise UsageError(f"{shown(target)} is {shown(file.path)}, which is being copied")
 
 
 def _check_old(target: str, since: Disk) -> None:

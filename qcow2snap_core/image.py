@@ -149,6 +149,17 @@ class Image:
         return tuple(self._shared.storages)
 
     @property
+    def chain(self) -> list[tuple[Storage, Layer]]:
+        """Each layer's file and what the guest sees in it, from the top down."""
+        layer: Layer | None = self.active_disk()
+        found: list[tuple[Storage, Layer]] = []
+        for storage in self._shared.layers:
+            assert layer is not None
+            found.append((storage, layer))
+            layer = layer.below
+        return found
+
+    @property
     def encrypted(self) -> bool:
         """Whether any layer of it is."""
         return self._shared.encrypted

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from .errors import UsageError, shown
+from .storage import Storage
 from .units import binary
 
 
@@ -34,6 +36,19 @@ def output(path: str) -> Iterator[str]:
         _remove(part)
         raise
     _sync(directory)
+
+
+def check_other(files: Iterable[Storage], path: str) -> None:
+    """Raises UsageError when the path is one of the files that are being read."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return
+    device = stat.S_ISBLK(status.st_mode)
+    inode = (-1, status.st_rdev) if device else (status.st_dev, status.st_ino)
+    for file in files:
+        if file.inode == inode:
+            raise UsageError(f"{shown(path)} is {shown(file.path)}, which is being copied")
 
 
 def check_space(directory: str, needed: int, what: str) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Final, NamedTuple, Protocol
 
-from .disk import ALLOCATED, Disk, Extent
+from .disk import ALLOCATED, Disk, Extent, RawLayer
 from .progress import Advance
 from .storage import Buffer
 from .targets import Target
@@ -31,6 +31,21 @@ class Source(Protocol):
     """What a :class:`.Disk` is to this module."""
 
     def pread_into(self, buffer: Buffer, offset: int) -> None: ...
+
+
+class RawSource:
+    """A raw file as one."""
+
+    def __init__(self, layer: RawLayer) -> None:
+        self._layer = layer
+
+    def pread_into(self, buffer: Buffer, offset: int) -> None:
+        self._layer.fill(memoryview(buffer), offset)
+
+    def plan(self) -> Iterator[Extent]:
+        """All of it, as its holes say."""
+        for offset, length, kind, _ in self._layer.pieces(0, self._layer.size):
+            yield Extent(offset, length, kind)
 
 
 class Amount(NamedTuple):
@@ -58,6 +73,20 @@ def whole(disk: Disk) -> Iterator[Extent]:
         for extent in disk.extents(at, disk.size - at):
             yield extent
             at = extent.offset + extent.length
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same ranges, neighbours of one type as one."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and last.type == extent.type and sum(last[:2]) == extent.offset:
+            last = Extent(last.offset, last.length + extent.length, last.type)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+    if last is not None:
+        yield last
 
 
 def transfer(source: Source, plan: Plan, target: Target, advance: Advance) -> None:
@@ -112,7 +141,7 @@ class _Pieces:
 
 
 def _cut(extents: Iterable[Extent]) -> Iterator[Extent]:
-    for offset, length, kind in extents:
+    for offset, length, kind in merged(extents):
         step = _PIECE if kind == ALLOCATED else _ZERO_PIECE
         at, end = offset, offset + length
         while at < end:

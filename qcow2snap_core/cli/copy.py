@@ -13,7 +13,7 @@ import argparse
 from ..backup import copy
 from ..errors import escaped
 from .common import add_image_options, disk_named, open_from
-from .signals import terminate_as_interrupt
+from .running import terminate_as_interrupt
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"

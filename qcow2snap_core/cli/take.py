@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from ..take import take
-from .signals import terminate_as_interrupt
+from .running import terminate_as_interrupt
 
 HELP = "ask a running QEMU for a snapshot"
 EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"

@@ -1,4 +1,4 @@
-"""``qcow2snap copy``: to files, devices and NBD exports, the bytes are QEMU's and holes are holes."""
+"""``qcow2snap copy`` to files, devices and NBD exports: QEMU's bytes, and holes stay holes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def exported(directory: Path, *nbdkit: str) -> Iterator[str]:
 @pytest.mark.parametrize("snapshot", ["one", "two", "long"])
 def test_a_new_file_holds_the_snapshot(image: Path, tmp_path: Path, snapshot: str) -> None:
     out = tmp_path / "out.raw"
-    said = command.run("copy", image, snapshot, out)
+    said = command.qcow2snap("copy", image, snapshot, out)
     assert out.read_bytes() == qemu.snapshot_content(image, snapshot)
     assert said.startswith(f"{out}: ")
     assert said.count("\n") == 1
@@ -59,7 +59,7 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
     qemu.io(path, "write -P 1 5M 64k", "write -z 10M 64k", "write -P 1 999G 64k")
     qemu.take(path, "one")
     out = tmp_path / "out.raw"
-    command.run("copy", path, "one", out)
+    command.qcow2snap("copy", path, "one", out)
     assert out.stat().st_size == 1 << 40
     assert out.stat().st_blocks * 512 <= 3 * 64 * KiB
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_there_is_replaced_and_keeps_its_mode(image: Path, tmp_pa
     out.write_bytes(JUNK * 20 * MiB)
     out.chmod(0o640)
     link.symlink_to(out)
-    command.run("copy", image, "one", link)
+    command.qcow2snap("copy", image, "one", link)
     assert out.read_bytes() == qemu.snapshot_content(image, "one")
     assert out.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
@@ -82,7 +82,7 @@ def test_an_nbd_export_is_written_and_zeroed(
     served = tmp_path / "served.raw"
     served.write_bytes(JUNK * (SIZE + MiB))
     with exported(tmp_path, *nbdkit, "file", str(served)) as uri:
-        command.run("copy", image, "two", uri)
+        command.qcow2snap("copy", image, "two", uri)
     data = served.read_bytes()
     assert data[:SIZE] == qemu.snapshot_content(image, "two")
     assert data[SIZE:] == JUNK * MiB, "what lies behind the disk is none of our business"
@@ -90,13 +90,13 @@ def test_an_nbd_export_is_written_and_zeroed(
 
 def test_a_device_is_written_and_zeroed(image: Path, tmp_path: Path) -> None:
     with devices.loop_device(tmp_path, JUNK * SIZE) as device:
-        command.run("copy", image, "two", device)
+        command.qcow2snap("copy", image, "two", device)
         assert device.read_bytes() == qemu.snapshot_content(image, "two")
 
 
 def test_a_device_that_is_too_small_is_not_touched(image: Path, tmp_path: Path) -> None:
     with devices.loop_device(tmp_path, JUNK * (SIZE - 512)) as device:
-        said = command.refused("copy", image, "two", device)
+        said = command.fails("copy", image, "two", device)
         assert device.read_bytes() == JUNK * (SIZE - 512)
     assert "too small" in said
     assert str(SIZE) in said
@@ -104,13 +104,13 @@ def test_a_device_that_is_too_small_is_not_touched(image: Path, tmp_path: Path) 
 
 def test_an_export_that_is_too_small_is_not_touched(image: Path, tmp_path: Path) -> None:
     with exported(tmp_path, "memory", "1M") as uri:
-        assert "too small" in command.refused("copy", image, "two", uri)
+        assert "too small" in command.fails("copy", image, "two", uri)
 
 
 def test_a_server_that_fails_is_one_line(image: Path, tmp_path: Path) -> None:
     failing = ["--filter=error", "memory", "64M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%"]
     with exported(tmp_path, *failing) as uri:
-        said = command.refused("copy", image, "two", uri)
+        said = command.fails("copy", image, "two", uri)
     assert "No space left" in said
     assert "partly written" in said
 
@@ -130,12 +130,12 @@ def test_a_target_that_will_not_do_is_one_line(
     (tmp_path / "disk.qcow2").symlink_to(image)
     (tmp_path / "directory").mkdir()
     target = target.replace("none", f"{tmp_path}/none") if ":" in target else tmp_path / target
-    assert expected in command.refused("copy", image, "one", target)
+    assert expected in command.fails("copy", image, "one", target)
 
 
 def test_no_such_snapshot_is_one_line(image: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
-    assert "it has 1 'one', 2 'two'" in command.refused("copy", image, "three", out)
+    assert "it has 1 'one', 2 'two'" in command.fails("copy", image, "three", out)
     assert os.listdir(tmp_path) == []
 
 
@@ -146,6 +146,6 @@ def test_a_read_error_leaves_the_old_file(image: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
     out.write_bytes(b"old")
     qemu.patch(path, damage.stream(path, "one", 5 * MiB)[0], b"\xff" * 16)
-    assert "stream" in command.refused("copy", path, "one", out)
+    assert "stream" in command.fails("copy", path, "one", out)
     assert out.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "out.raw"]

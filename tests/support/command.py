@@ -1,41 +1,45 @@
-"""The command ``qcow2snap``, run as its users run it."""
+"""The command qcow2snap, run as users run it."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 from support.server import ROOT
 
 
-def line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)]
+def qcow2snap(*arguments: object, status: int = 0) -> str:
+    """What it prints; it must end with that status, and say nothing else when that is 0."""
+    done = run(*arguments)
+    assert done.returncode == status, (arguments, done)
+    assert status or not done.stderr, done.stderr
+    return done.stdout
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start it; whoever calls ends it."""
-    return subprocess.Popen(
-        line(*arguments),
-        cwd=ROOT,
+def qcow2snap_json(*arguments: object, status: int = 0) -> list[dict[str, Any]]:
+    """What it prints with --json."""
+    found: list[dict[str, Any]] = json.loads(qcow2snap(*arguments, "--json", status=status))
+    return found
+
+
+def fails(*arguments: object) -> str:
+    """The one line with which it fails."""
+    done = run(*arguments)
+    assert done.returncode == 1, done
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)],
+        capture_output=True,
         text=True,
+        errors="surrogateescape",
+        timeout=120,
+        check=False,
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
     )
-
-
-def run(*arguments: object) -> str:
-    """What it prints when all goes well; then it says nothing on standard error."""
-    with start(*arguments) as process:
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, ""), f"{arguments}: {err}"
-    return out
-
-
-def refused(*arguments: object, status: int = 1) -> str:
-    """The one line that it prints when it fails."""
-    with start(*arguments) as process:
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
-    assert err.count("\n") == 1, err
-    return err.removeprefix("qcow2snap: ").rstrip("\n")

@@ -149,6 +149,11 @@ class Image:
         return tuple(self._shared.storages)
 
     @property
+    def options(self) -> Options:
+        """How it was opened."""
+        return self._shared.options
+
+    @property
     def chain(self) -> list[tuple[Storage, Layer]]:
         """Each layer's file and what the guest sees in it, from the top down."""
         layer: Layer | None = self.active_disk()

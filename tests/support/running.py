@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from support.server import ROOT
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start it, as the leader of a process group of its own; whoever calls ends it."""
-    return subprocess.Popen(
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """It runs, as the leader of a process group of its own, until the block ends."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)],
         cwd=ROOT,
         text=True,
@@ -21,12 +23,26 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         process_group=0,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     """Wait for it, as long as the process lives."""
+
+    def there() -> object:
+        assert process.poll() is None, process.communicate()
+        return condition()
+
+    eventually(there)
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait for it, for a minute at the most."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)

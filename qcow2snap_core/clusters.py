@@ -87,14 +87,14 @@ class Clusters:
         if not compressed:
             self._check_end(host, length, self._data.size())
             return host
-        offset, length = self._stream(host)
+        offset, length = self.stream(host)
         self._check_stream(offset, length, self._file.size())
         return offset
 
     # --- Inside ---
 
     def _decode(self, entry: int) -> bytes | bytearray:
-        offset, length = self._stream(entry)
+        offset, length = self.stream(entry)
         stream = self._file.read(length, offset)
         if len(stream) < length:
             self._check_stream(offset, length, offset + len(stream))
@@ -103,7 +103,7 @@ class Clusters:
         except ImageError as e:
             raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
 
-    def _stream(self, entry: int) -> tuple[int, int]:
+    def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length in bytes up to the end of its last sector) of a compressed
         cluster's stream, from its L2 entry."""
         offset = entry & self._offset_mask

@@ -133,6 +133,11 @@ class Disk:
             raise
         self._guard.check()
 
+    @property
+    def mapping(self) -> Mapping:
+        """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
+        return self._mapping
+
     def check(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
         self._guard.check()

@@ -141,6 +141,10 @@ class Image:
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
         return Disk(what, h.size, mapping, self._clusters, Unguarded(), self._below)
 
+    def stream(self, entry: int) -> tuple[int, int]:
+        """(host offset, length) of the compressed cluster that an L2 entry describes."""
+        return self._clusters.stream(entry)
+
     # --- Opening and closing ---
 
     @property

@@ -169,6 +169,51 @@ class Mapping:
         if self._data_file:
             raise ImageError("it is a compressed cluster, which cannot be in an external data file")
 
+    # --- Whole tables, for those who walk them once: past the cache, with COPIED cleared ---
+
+    @property
+    def l1_size(self) -> int:
+        """Entries of the L1 table."""
+        return self._l1_size
+
+    def l1_entries(self, first: int, count: int) -> Slice[int]:
+        """L1 entries as they stand; zeros past the table's end, where nothing is allocated."""
+        have = max(0, min(count, self._l1_size - first))
+        offset = self._l1_table_offset + first * q.L1_ENTRY_SIZE
+        raw = bytearray(self._storage.read(have * q.L1_ENTRY_SIZE, offset) if have else b"")
+        if len(raw) < have * q.L1_ENTRY_SIZE:
+            raise ImageError(f"the L1 table at host offset {offset:#x} is past the file's end")
+        raw[::8] = raw[::8].translate(_CLEAR_COPIED)
+        return _integers(raw + bytes((count - have) * q.L1_ENTRY_SIZE))
+
+    def l2_offset(self, index: int, entry: int) -> int:
+        """Where the L2 table of L1 entry ``index`` is; 0 if there is none."""
+        offset = entry & q.OFFSET_MASK
+        if entry & ~q.OFFSET_MASK & ~q.OFLAG_COPIED or offset & (self.cluster_size - 1):
+            raise ImageError(f"L1 entry {index} is invalid: {entry:#018x}")
+        return offset
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of an L2 table."""
+        return 1 << self._l2_bits
+
+    def l2_raw(self, offset: int, first: int, count: int) -> bytearray:
+        """Entries of the L2 table at host ``offset``, as bytes."""
+        size = count << self._entry_bits
+        at = offset + (first << self._entry_bits)
+        raw = bytearray(self._storage.read(size, at))
+        if len(raw) < size:
+            raise ImageError(f"its L2 table at host offset {offset:#x} is past the end of the file")
+        stride = 1 << self._entry_bits
+        raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
+        return raw
+
+    def l2_part(self, offset: int, first: int, count: int) -> Slice[int]:
+        """The same as integers, of extended entries the first word alone."""
+        words = _integers(self.l2_raw(offset, first, count))
+        return words[:: 1 << self._entry_bits - 3]
+
     # --- Loading ---
 
     def _no_entry(self, table: Slice[int], at: int, within: int, length: int) -> Run:
@@ -183,10 +228,7 @@ class Mapping:
         l1_index, part = divmod(index, 1 << self._l2_bits - self._slice_bits)
         if l1_index >= self._l1_size:
             return _ABSENT
-        entry = self._l1_entry(l1_index)
-        table_offset = entry & q.OFFSET_MASK
-        if entry & ~q.OFFSET_MASK & ~q.OFLAG_COPIED or table_offset & (self.cluster_size - 1):
-            raise ImageError(f"L1 entry {l1_index} is invalid: {entry:#018x}")
+        table_offset = self.l2_offset(l1_index, self._l1_entry(l1_index))
         if not table_offset:
             return _ABSENT
         size = 1 << self._slice_bits + self._entry_bits

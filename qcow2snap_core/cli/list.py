@@ -1,0 +1,74 @@
+"""List the snapshots of an image, with the space that deleting each one would free: the clusters
+that neither another snapshot nor the active disk uses."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import ImageError, escaped, shown
+from ..exports import exports_of
+from ..snapshots import Snapshot, date
+from ..space import exclusive_sizes
+from ..units import binary
+from .common import add_image_options, open_from, print_json, print_table
+
+HELP = "the snapshots, and the space that each takes alone"
+EXAMPLE = "qcow2snap list disk.qcow2"
+
+_TITLES = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE", "EXCLUSIVE")
+_NUMBERS = (2, 4, 5, 6, 7)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with open_from(args, data=False, layers=False) as image:
+        table = image.table()
+        sizes = exclusive_sizes(image, table.snapshots)
+    listed = list(zip(table.snapshots, sizes, strict=True))
+    if args.json:
+        names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
+        print_json(_object(s, size, names.get(id(s))) for s, size in listed)
+    elif listed:
+        print_table([_TITLES, *(_row(s, size) for s, size in listed)], _NUMBERS)
+    if table.damage:
+        raise ImageError(f"{shown(args.file)}: the snapshot table is damaged: {table.damage}")
+    return 0
+
+
+def _object(s: Snapshot, exclusive: int | None, export: str | None) -> dict[str, Any]:
+    found = {
+        "id": s.id,
+        "name": s.name,
+        "vm-state-size": s.vm_state_size,
+        "date-sec": s.date_sec,
+        "date-nsec": s.date_nsec,
+        "vm-clock-sec": s.vm_clock_nsec // 10**9,
+        "vm-clock-nsec": s.vm_clock_nsec % 10**9,
+        "icount": s.icount,
+        "disk-size": s.disk_size,
+        "exclusive-size": exclusive,
+        "export": export,
+    }
+    if s.icount is None:
+        del found["icount"]
+    return found
+
+
+def _row(s: Snapshot, exclusive: int | None) -> tuple[str, ...]:
+    seconds, millis = divmod(s.vm_clock_nsec // 10**6, 1000)
+    return (
+        escaped(s.id),
+        escaped(s.name),
+        binary(s.vm_state_size),
+        date(s),
+        f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{millis:03}",
+        "" if s.icount is None else str(s.icount),
+        binary(s.disk_size),
+        "?" if exclusive is None else binary(exclusive),
+    )

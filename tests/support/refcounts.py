@@ -1,0 +1,39 @@
+"""The refcounts that are in an image, read by plain arithmetic and not by qcow2snap_core."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from support import qemu
+
+
+def refcounts(path: Path) -> dict[int, int]:
+    """{cluster number: refcount} of all that are not 0, without the refcount tables' own."""
+    data = path.read_bytes()
+    (bits,) = struct.unpack_from(">I", data, 20)
+    table, clusters = struct.unpack_from(">QI", data, 48)
+    (order,) = struct.unpack_from(">I", data, 96) if data[7] == 3 else (4,)
+    size, width = 1 << bits, 1 << order
+    own = set(range(table // size, table // size + clusters))
+    found = {}
+    per_block = size * 8 // width
+    for n in range(clusters * size // 8):
+        (block,) = struct.unpack_from(">Q", data, table + 8 * n)
+        if not block:
+            continue
+        own.add(block // size)
+        raw = data[block : block + size]
+        for i in range(per_block):
+            if width >= 8:
+                count = int.from_bytes(raw[i * width // 8 : (i + 1) * width // 8], "big")
+            else:
+                count = raw[i * width // 8] >> i * width % 8 & (1 << width) - 1
+            if count:
+                found[n * per_block + i] = count
+    return {n: count for n, count in found.items() if n not in own}
+
+
+def allocated(path: Path) -> int:
+    """The bytes of all clusters in use, but for the refcounts' own."""
+    return len(refcounts(path)) << struct.unpack(">I", qemu.peek(path, 20, 4))[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from .clusters import Clusters, fill_zeros
 from .errors import Error, ImageError, StorageError
@@ -40,6 +40,11 @@ class Piece(NamedTuple):
     length: int
     type: int
     host: int | None  #: in the image file itself; None for zeros and for other layers' data
+
+
+#: (offset, length, type, host, kind, entry): a piece, what :mod:`.mapping` calls it, and the host
+#: offset or whole L2 entry that it is known by: equal ones of two snapshots hold the same data.
+Cell = tuple[int, int, int, "int | None", int, int]
 
 
 class Layer(Protocol):
@@ -164,17 +169,7 @@ class Disk:
 
     def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
         """As :meth:`pieces`, with the guard asked before any of them is handed out."""
-        pieces = self.pieces(offset, length)
-        while True:
-            try:
-                batch = list(islice(pieces, _BATCH))
-            except (ImageError, StorageError):
-                self._guard.check()
-                raise
-            self._guard.check()
-            if not batch:
-                return
-            yield from batch
+        return checked(self.pieces(offset, length), self)
 
     @property
     def below(self) -> Layer | None:
@@ -210,25 +205,30 @@ class Disk:
         self._fill(view, offset)
 
     def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        for cell in self.cells(offset, length):
+            yield Piece(*cell[:4])
+
+    def cells(self, offset: int, length: int) -> Iterator[Cell]:
+        """The pieces of a range with all that the tables say of them."""
         if not length:
             return
-        for kind, host, guest, n in self._runs(offset, length):
+        for kind, entry, guest, n in self._runs(offset, length):
             start = guest - self._base
             if kind in (DATA, COMPRESSED):
                 try:
-                    offset = self._clusters.locate(kind == COMPRESSED, host, n)
+                    host = self._clusters.locate(kind == COMPRESSED, entry, n)
                 except ImageError as e:
                     raise self._located(e, guest) from e
-                yield Piece(start, n, ALLOCATED, offset)
+                yield start, n, ALLOCATED, host, kind, entry
             elif kind == ZERO or self._below is None:
-                yield Piece(start, n, HOLE_ZERO, None)
+                yield start, n, HOLE_ZERO, None, kind, 0
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
                     for piece in self._below.pieces(start, inside):
-                        yield piece._replace(host=None)
+                        yield piece.offset, piece.length, piece.type, None, kind, 0
                 if inside < n:
-                    yield Piece(start + inside, n - inside, HOLE_ZERO, None)
+                    yield start + inside, n - inside, HOLE_ZERO, None, kind, 0
 
     # --- Inside ---
 
@@ -279,3 +279,22 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read."""
         return type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e}")
+
+
+_T = TypeVar("_T")
+
+
+def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
+    """The same items, none of them handed out before all disks were asked if they still exist."""
+    while True:
+        try:
+            batch = list(islice(found, _BATCH))
+        except (ImageError, StorageError):
+            for disk in disks:
+                disk.check()  # if one is gone, that is the reason for anything
+            raise
+        for disk in disks:
+            disk.check()
+        if not batch:
+            return
+        yield from batch

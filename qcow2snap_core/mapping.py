@@ -194,6 +194,11 @@ class Mapping:
         return offset
 
     @property
+    def l2_entry_size(self) -> int:
+        """Bytes of an L2 entry."""
+        return 1 << self._entry_bits
+
+    @property
     def l2_entries(self) -> int:
         """Entries of an L2 table."""
         return 1 << self._l2_bits
@@ -205,8 +210,9 @@ class Mapping:
         raw = bytearray(self._storage.read(size, at))
         if len(raw) < size:
             raise ImageError(f"its L2 table at host offset {offset:#x} is past the end of the file")
-        stride = 1 << self._entry_bits
-        raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
+        if not self._data_file:  # where it tells offset 0 from nothing
+            stride = 1 << self._entry_bits
+            raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
         return raw
 
     def l2_part(self, offset: int, first: int, count: int) -> Slice[int]:

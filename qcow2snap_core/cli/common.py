@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from ..disk import Disk
+from ..disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..errors import UsageError
 from ..image import BACKING_FORMATS, Image, Options, open_image
 from ..passphrase import read_passphrase
 
 ACTIVE: Final = "@active"
+
+#: nbdinfo's words for the types of extents
+WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
 
 _MOST_LAYERS: Final = 9  # of which each can have a passphrase of its own
 
@@ -80,6 +83,12 @@ def print_json(objects: Iterable[dict[str, Any]]) -> None:
         sys.stdout.write(f"{before}\n{json.dumps(each)}")
         before = ","
     sys.stdout.write("[]\n" if before == "[" else "\n]\n")
+
+
+def map_line(extent: Extent) -> str:
+    """A line of ``nbdinfo --map``."""
+    offset, length, kind = extent
+    return f"{offset:10}  {length:10}  {kind:3}  {WORDS[kind]}"
 
 
 def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

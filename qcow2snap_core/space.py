@@ -26,6 +26,7 @@ from .snapshots import Snapshot
 
 _SHARED: Final = -1  # in place of an owner: more than one
 _L1_ENTRIES: Final = 1 << 20  # of all L1 tables together that are held at a time
+_STRIDE: Final = 64  # entries compared at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables for one guest range; an entry takes 100 bytes
 
 # {host offset of an L2 table: its owner}, of one guest range; owners are indexes of mappings
@@ -107,22 +108,25 @@ class _Space:
         for found in self._parts(tables):
             many: set[int] = set()
             once: set[int] = set()
-            for _, offsets in found:
-                many |= once & offsets
-                once |= offsets
+            for number, (_, offsets) in enumerate(found, 1):
+                if not once.isdisjoint(offsets):
+                    many |= once & offsets
+                if number < len(found):
+                    once = once | offsets if once else offsets
             for owner, offsets in found:
                 if owner != _SHARED:
-                    self.own[owner] += len(offsets - many)
+                    self.own[owner] += len(offsets - many if many else offsets)
 
     def _parts(self, tables: _Column) -> Iterator[list[tuple[int, set[int]]]]:
-        """For one stretch of the tables after the other: (owner, the data clusters there)."""
+        """For one stretch of the tables after the other: (owner, the data clusters there that not
+        all tables have)."""
         entries = self._any.l2_entries
-        step = min(entries, max(64, _L2_ENTRIES // len(tables)))
+        step = min(entries, max(_STRIDE, _L2_ENTRIES // len(tables)))
         for first in range(0, entries, step):
             count = min(step, entries - first)
+            parts = _differing([self._any.l2_part(table, first, count) for table in tables])
             found = []
-            for table, owner in tables.items():
-                part = self._any.l2_part(table, first, count)
+            for part, owner in zip(parts, tables.values(), strict=True):
                 streams, offsets = _sorted_out(part)
                 self._compressed |= bool(streams) and owner not in (_SHARED, self._active)
                 found.append((owner, set() if self._image.header.has_data_file else offsets))
@@ -174,17 +178,32 @@ class _Owners:
         return total
 
 
-_LOW_BYTE: Final = 0 if sys.byteorder == "little" else 7
+def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
+    """The same without most of what all have in common."""
+    if len(parts) == 1:
+        return parts
+    kept: list[Slice[int]] = [array("Q") for _ in parts]
+    for at in range(0, len(parts[0]), _STRIDE):
+        pieces = [part[at : at + _STRIDE] for part in parts]
+        if any(piece != pieces[0] for piece in pieces):
+            for part, piece in zip(kept, pieces, strict=True):
+                part.extend(piece)
+    return kept
+
+
+_LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)
+_NOT_COMPRESSED: Final = bytes(range(q.OFLAG_COMPRESSED >> 56))  # high bytes of such entries
 
 
 def _sorted_out(entries: Slice[int]) -> tuple[list[int], set[int]]:
     """The compressed clusters' entries, and the host offsets of the others."""
+    raw = entries.tobytes()
     streams: list[int] = []
     offsets = set(entries)
-    if max(entries, default=0) >= q.OFLAG_COMPRESSED:
+    if raw[_HIGH_BYTE::8].translate(None, _NOT_COMPRESSED):
         streams = [e for e in entries if e & q.OFLAG_COMPRESSED]
         offsets.difference_update(streams)
-    if entries.tobytes()[_LOW_BYTE::8].strip(b"\0"):  # zero clusters may have an allocation
+    if raw[_LOW_BYTE::8].translate(None, b"\0"):  # zero clusters may have an allocation
         offsets = {e & q.OFFSET_MASK for e in offsets}
     offsets.discard(0)
     return streams, offsets

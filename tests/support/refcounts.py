@@ -37,3 +37,25 @@ def refcounts(path: Path) -> dict[int, int]:
 def allocated(path: Path) -> int:
     """The bytes of all clusters in use, but for the refcounts' own."""
     return len(refcounts(path)) << struct.unpack(">I", qemu.peek(path, 20, 4))[0]
+
+
+def place(path: Path, cluster: int) -> tuple[int, int, int]:
+    """Where a refcount is: (file offset of its byte or bytes, width in bits, lowest bit there)."""
+    data = path.read_bytes()
+    (bits,) = struct.unpack_from(">I", data, 20)
+    (table,) = struct.unpack_from(">Q", data, 48)
+    (order,) = struct.unpack_from(">I", data, 96) if data[7] == 3 else (4,)
+    width = 1 << order
+    number, at = divmod(cluster, (8 << bits) // width)
+    (block,) = struct.unpack_from(">Q", data, table + 8 * number)
+    return block + at * width // 8, width, at * width % 8
+
+
+def set_refcount(path: Path, cluster: int, count: int) -> None:
+    offset, width, low = place(path, cluster)
+    if width >= 8:
+        qemu.patch(path, offset, count.to_bytes(width // 8, "big"))
+        return
+    mask = (1 << width) - 1
+    byte = qemu.peek(path, offset, 1)[0] & ~(mask << low) | count << low
+    qemu.patch(path, offset, bytes((byte,)))

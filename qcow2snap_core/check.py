@@ -1,0 +1,348 @@
+"""Whether an image's metadata holds together: all of it read, nothing changed.
+
+First everything that is metadata claims its clusters; two claims of one cluster are damage.  Then
+each L2 table is read once, however many L1 tables lead to it, and what it leads to is judged and
+counted.  At the end the counts are held against the image's own refcounts.  A cluster that is in
+use and counted less often will be given away and overwritten: a snapshot can be lost that way
+while it still reads well.  Clusters that are counted and not used (leaks) cost space alone and are
+not reported.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import reduce
+from operator import or_
+from typing import Final, NamedTuple
+
+from . import ondisk as q
+from .disk import Disk
+from .errors import ImageError
+from .image import Image
+from .refcounts import Refcounts, Uses, crypto_area, integers, past_end
+from .snapshots import Snapshot
+from .space import sorted_out
+
+ACTIVE: Final = "@active"
+MOST: Final = 1000  # findings; a lost table can make millions
+
+# The kinds of findings.
+BAD_TABLE: Final = "table"  # a table that cannot be read or believed
+BAD_ENTRY: Final = "entry"  # out of bounds, unaligned, reserved bits
+OVERLAP: Final = "overlap"
+NOT_COUNTED: Final = "refcount"
+IN_PLACE: Final = "copied"
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    problem: str
+    message: str
+    snapshots: tuple[str, ...] = ()  # whose it is: IDs, or @active
+    host: int | None = None  # host offset
+
+
+class TooManyError(Exception):
+    """There are enough findings."""
+
+
+def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
+    """What is wrong with the metadata of all snapshots and the active disk, or with what one
+    snapshot needs; at most MOST findings.
+
+    Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
+    """
+    run = _Check(image, chosen)
+    with suppress(TooManyError):
+        run.all()
+    for owner in run.owners:
+        owner.disk.check()
+    return run.findings
+
+
+class _Owner(NamedTuple):
+    id: str
+    disk: Disk
+
+
+class _Check:
+    def __init__(self, image: Image, chosen: Snapshot | None) -> None:
+        self.findings: list[Finding] = []
+        self.owners: list[_Owner] = []  # who is checked
+        self._others: list[_Owner] = []  # whose tables others' data must not lie on
+        self._image = image
+        self._chosen = chosen
+        self._bits = image.header.cluster_bits
+        self._end = past_end(image.storage, image.header.cluster_size)
+        self._claims: dict[int, str] = {}  # cluster: whose metadata
+        self._uses = Uses()
+        # {host offset of an L2 table: (L1 index, owners)}
+        self._tables: dict[int, tuple[int, list[_Owner]]] = {}
+
+    def all(self) -> None:
+        refcounts = self._claim_refcounts()
+        self._claim("the header", 0, 1)
+        area = crypto_area(self._image.header)
+        if area is not None:
+            self._claim("the LUKS header", *area)
+        self._claim_snapshots()
+        for owner in self.owners:
+            self._claim_l2_tables(owner)
+        for owner in self._others:
+            self._note_l2_tables(owner)
+        for table, (index, owners) in self._tables.items():
+            self._walk(table, index, owners)
+        self._check_copied()
+        if refcounts is not None and not self._image.header.dirty:
+            self._compare(refcounts)
+
+    def _found(
+        self, problem: str, message: str, owners: Sequence[_Owner] = (), host: int | None = None
+    ) -> None:
+        self.findings.append(Finding(problem, message, tuple(o.id for o in owners), host))
+        if len(self.findings) == MOST:
+            raise TooManyError
+
+    # --- Metadata ---
+
+    def _claim(self, what: str, offset: int, length: int, owners: Sequence[_Owner] = ()) -> None:
+        """Count the clusters of an area, and report what else is there."""
+        if offset + length > self._end or offset % self._image.header.cluster_size:
+            wrong = (
+                "lies past the end of the file" if offset + length > self._end else "is unaligned"
+            )
+            self._found(
+                BAD_TABLE,
+                f"{what} at host offset {offset:#x} {wrong}",
+                owners,
+                offset,
+            )
+            return
+        for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
+            self._uses.add(cluster, 1)
+            other = self._claims.setdefault(cluster, what)
+            if other is not what:
+                host = cluster << self._bits
+                self._found(
+                    OVERLAP, f"{what} overlaps {other} at host offset {host:#x}", owners, host
+                )
+
+    def _claim_refcounts(self) -> Refcounts | None:
+        try:
+            refcounts = Refcounts(self._image.storage, self._image.header)
+        except ImageError as e:
+            self._found(BAD_TABLE, str(e))
+            return None
+        self._claim("the refcount table", refcounts.table_offset, refcounts.table_bytes)
+        for number, offset in refcounts.blocks():
+            try:
+                refcounts.block(number)
+            except ImageError as e:
+                self._found(BAD_TABLE, str(e), (), offset)
+            else:
+                self._claim(f"refcount block {number}", offset, 1)
+        return refcounts
+
+    def _claim_snapshots(self) -> None:
+        table = self._image.table()
+        if table.damage:
+            self._found(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
+        if table.snapshots:
+            first = table.snapshots[0].sighting.offset
+            last = table.snapshots[-1].sighting
+            self._claim("the snapshot table", first, last.offset + len(last.entry) - first)
+        for snapshot in table.snapshots:
+            try:
+                owner = _Owner(snapshot.id, self._image.disk(snapshot))
+            except ImageError as e:
+                if self._chosen in (None, snapshot):
+                    self._found(BAD_TABLE, str(e))
+                continue
+            if self._chosen is None or snapshot.identity == self._chosen.identity:
+                self.owners.append(owner)
+            else:
+                self._others.append(owner)
+            self._claim_l1(owner, snapshot.l1_table_offset, snapshot.l1_size)
+        try:
+            active = _Owner(ACTIVE, self._image.active_disk())
+        except ImageError as e:
+            if self._chosen is None:
+                self._found(BAD_TABLE, str(e))
+            return
+        (self.owners if self._chosen is None else self._others).append(active)
+        header = self._image.header
+        self._claim_l1(active, header.l1_table_offset, header.l1_size)
+
+    def _claim_l1(self, owner: _Owner, offset: int, entries: int) -> None:
+        if entries:
+            what = f"the L1 table of {owner.disk.name}"
+            self._claim(what, offset, entries * q.L1_ENTRY_SIZE, [owner])
+
+    def _claim_l2_tables(self, owner: _Owner) -> None:
+        mapping = owner.disk.mapping
+        for index, entry in enumerate(mapping.l1_entries(0, mapping.l1_size)):
+            try:
+                table = mapping.l2_offset(index, entry)
+            except ImageError as e:
+                self._found(BAD_ENTRY, f"{owner.disk.name}: {e}", [owner])
+                continue
+            if not table:
+                continue
+            before = self._tables.get(table)
+            if before is not None and before[0] == index:
+                before[1].append(owner)
+                if table < self._end:
+                    self._uses.add(table >> self._bits, 1)
+                continue
+            what = f"L2 table {index} of {owner.disk.name}"
+            self._claim(what, table, self._image.header.cluster_size, [owner])
+            if before is None and table < self._end:
+                self._tables[table] = index, [owner]
+
+    def _note_l2_tables(self, owner: _Owner) -> None:
+        """The same of a snapshot that is not checked: no judgement, no counting."""
+        mapping = owner.disk.mapping
+        for index, entry in enumerate(mapping.l1_entries(0, mapping.l1_size)):
+            table = entry & q.OFFSET_MASK
+            if table:
+                what = f"L2 table {index} of {owner.disk.name}"
+                self._claims.setdefault(table >> self._bits, what)
+
+    # --- What the L2 tables lead to ---
+
+    def _walk(self, table: int, index: int, owners: list[_Owner]) -> None:
+        mapping = owners[0].disk.mapping
+        try:
+            entries = mapping.l2_part(table, 0, mapping.l2_entries)
+        except ImageError as e:
+            self._found(BAD_TABLE, f"{owners[0].disk.name}: {e}", owners, table)
+            return
+        if self._looks_odd(entries):
+            self._judge(index, owners)
+        for cluster in self._clusters(entries):
+            self._uses.add(cluster, len(owners))
+            if cluster in self._claims:
+                host = cluster << self._bits
+                self._found(
+                    OVERLAP,
+                    f"data behind L2 table {index} of {owners[0].disk.name} overlaps "
+                    f"{self._claims[cluster]} at host offset {host:#x}",
+                    owners,
+                    host,
+                )
+
+    def _looks_odd(self, entries: Sequence[int]) -> bool:
+        """Whether any entry may be one that cannot be believed."""
+        header = self._image.header
+        if header.extended_l2 or header.has_data_file:
+            return True
+        streams, offsets = sorted_out(array("Q", entries))
+        used = reduce(or_, (e for e in entries if not e & q.OFLAG_COMPRESSED), 0)
+        flags = q.OFLAG_ZERO if header.version >= 3 else 0
+        return bool(
+            streams
+            or used & ~(q.OFFSET_MASK & -header.cluster_size | flags)
+            or max(offsets, default=0) >= self._end
+        )
+
+    def _judge(self, index: int, owners: list[_Owner]) -> None:
+        """Look at each cluster as a reader does, and report what it cannot read."""
+        disk = owners[0].disk
+        span, cluster = disk.mapping.bytes_per_l1_entry, disk.cluster_size
+        for guest in range(index * span, (index + 1) * span, cluster):
+            try:
+                for _ in disk.cells(guest, cluster):
+                    pass
+            except ImageError as e:
+                self._found(BAD_ENTRY, str(e), owners)
+
+    def _clusters(self, entries: Sequence[int]) -> Iterator[int]:
+        """The clusters of the file that the entries refer to, each as often as they do."""
+        bits, end = self._bits, self._end
+        for entry in entries:
+            if entry & q.OFLAG_COMPRESSED:
+                offset, length = self._image.stream(entry)
+                if offset < end:
+                    yield from range(offset >> bits, (min(offset + length, end) - 1 >> bits) + 1)
+            elif not self._image.header.has_data_file:
+                offset = entry & q.OFFSET_MASK
+                if 0 < offset < end:
+                    yield offset >> bits
+
+    def _check_copied(self) -> None:
+        """COPIED lets QEMU write in place; on the active disk it must mean that nobody shares."""
+        active = self.owners[-1] if self.owners and self.owners[-1].id == ACTIVE else None
+        if active is None or self._image.header.has_data_file:
+            return
+        header, read = self._image.header, self._image.storage.read
+        size = header.cluster_size
+        l1 = read(header.l1_size * q.L1_ENTRY_SIZE, header.l1_table_offset)
+        entries = integers(l1, "Q")
+        for table, (index, owners) in self._tables.items():
+            if active not in owners:
+                continue
+            shared = [entries[index]]
+            shared += integers(read(size, table), "Q")[:: 2 if header.extended_l2 else 1]
+            for entry in shared:
+                if not entry & q.OFLAG_COPIED or entry & q.OFLAG_COMPRESSED:
+                    continue
+                host = entry & q.OFFSET_MASK
+                if host < self._end and self._uses.of(host >> self._bits) > 1:
+                    self._found(
+                        IN_PLACE,
+                        f"L1 entry {index} of the active disk, or an entry behind it, lets QEMU "
+                        f"write in place to host offset {host:#x}, which others share",
+                        [active],
+                        host,
+                    )
+
+    # --- Refcounts ---
+
+    def _compare(self, refcounts: Refcounts) -> None:
+        """Report what is in use more often than it is counted."""
+        number = -1
+        counts: Sequence[int] = ()
+        bad: dict[int, tuple[int, int]] = {}
+        for cluster, used in self._uses.items():
+            if cluster // refcounts.per_block != number:
+                number = cluster // refcounts.per_block
+                try:
+                    counts = refcounts.block(number)
+                except ImageError:  # reported already
+                    counts = (1 << 64,) * refcounts.per_block
+            counted = counts[cluster % refcounts.per_block]
+            if counted < used:
+                bad[cluster] = used, counted
+                if len(bad) == MOST:
+                    break
+        users = self._users(bad)
+        for cluster, (used, counted) in bad.items():
+            host = cluster << self._bits
+            what = self._claims.get(cluster, "data")
+            self._found(
+                NOT_COUNTED,
+                f"the cluster at host offset {host:#x} ({what}) is in use {used} times and "
+                f"counted {counted}: it can be overwritten",
+                users.get(cluster, []),
+                host,
+            )
+
+    def _users(self, clusters: dict[int, tuple[int, int]]) -> dict[int, list[_Owner]]:
+        """Whose data or L2 tables lie in these clusters."""
+        found: dict[int, list[_Owner]] = {}
+        if not clusters:
+            return found
+        for table, (_, owners) in self._tables.items():
+            mapping = owners[0].disk.mapping
+            try:
+                entries = mapping.l2_part(table, 0, mapping.l2_entries)
+            except ImageError:
+                continue
+            for cluster in (table >> self._bits, *self._clusters(entries)):
+                if cluster in clusters:
+                    known = found.setdefault(cluster, [])
+                    known += [owner for owner in owners if owner not in known]
+        return found

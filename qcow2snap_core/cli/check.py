@@ -1,0 +1,57 @@
+"""Read all metadata, of the image or of what one snapshot needs, and report what is out of bounds,
+overlapping or not counted.  Nothing is changed, and nobody should be writing to the image.  The
+status is 0 if it is clean, 3 if it is damaged, 1 if it could not be checked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..check import MOST, Finding, check
+from ..errors import escaped, shown
+from ..snapshots import Choice, choose
+from .common import add_image_options, open_from, print_json
+
+HELP = "look for damage in the metadata"
+EXAMPLE = "qcow2snap check disk.qcow2"
+
+DAMAGED = 3
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument(
+        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name; without, everything"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with open_from(args, data=False, layers=False) as image:
+        chosen = None
+        if args.snapshot is not None:
+            chosen = choose(image.table(), Choice(args.snapshot), image.path)
+        findings = check(image, chosen)
+        if image.header.dirty:
+            print(
+                f"qcow2snap: {shown(image.path)} is marked dirty, its refcounts are not up to "
+                f"date and were not compared: qemu-img check -r all brings them up to date",
+                file=sys.stderr,
+            )
+    if args.json:
+        print_json(_object(f) for f in findings)
+    else:
+        for f in findings:
+            whose = f" [{', '.join(map(escaped, f.snapshots))}]" if f.snapshots else ""
+            print(f"{f.problem}: {f.message}{whose}")
+    if len(findings) >= MOST:
+        print(f"qcow2snap: stopped after {MOST} findings", file=sys.stderr)
+    return DAMAGED if findings else 0
+
+
+def _object(finding: Finding) -> dict[str, object]:
+    found = finding._asdict()
+    if finding.host is None:
+        del found["host"]
+    return found

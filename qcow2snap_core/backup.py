@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from .diff import differences
+from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
@@ -54,7 +54,7 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
-    plan: Plan = (lambda: whole(new)) if since is None else (lambda: differences(image, since, new))
+    plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     job = _Job(new, plan, count(plan), since)
     kind = file_kind(target)
     if re.match(r"nbds?(\+[a-z]+)?://", target):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from .diff import differences
+from .diff import changes
 from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer
 from .errors import UsageError, shown
 from .image import Image
@@ -107,13 +107,13 @@ def _states(image: Image, snapshots: Sequence[Snapshot], keep: bool) -> Iterator
     disks = [image.disk(s) for s in snapshots] + [image.active_disk()]
     below: Disk | None = None
     for name, disk in zip([*file_names(snapshots), ACTIVE], disks, strict=True):
-        yield Part(name, disk.size, disk, _changes(image, below, disk, keep))
+        yield Part(name, disk.size, disk, _changes(below, disk, keep))
         below = disk
 
 
-def _changes(image: Image, below: Disk | None, disk: Disk, keep: bool) -> Plan:
+def _changes(below: Disk | None, disk: Disk, keep: bool) -> Plan:
     if below is not None:
-        return lambda: differences(image, below, disk)
+        return lambda: changes(below, disk)
     return disk.own if keep else lambda: _only_data(whole(disk))
 
 

@@ -53,6 +53,10 @@ class Layer(Protocol):
     size: int
     depth: int  #: how many layers there are from here down
 
+    @property
+    def below(self) -> Layer | None:
+        """The next one."""
+
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill the view; the range lies inside the layer.  Raises ImageError, StorageError."""
 
@@ -64,6 +68,7 @@ class RawLayer:
     """A raw backing file: its bytes are the disk's, its holes are zeros."""
 
     depth = 1
+    below = None
 
     def __init__(self, storage: Storage) -> None:
         self.size = storage.size()
@@ -171,6 +176,17 @@ class Disk:
     def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
         """As :meth:`pieces`, with the guard asked before any of them is handed out."""
         return checked(self.pieces(offset, length), self)
+
+    @property
+    def below(self) -> Layer | None:
+        """The layer that has what is unallocated here."""
+        return self._below
+
+    def own(self) -> Iterator[Extent]:
+        """What this layer says itself, in order; what it leaves to the one below is left out."""
+        for kind, _, guest, n in self._runs(0, self.size) if self.size else ():
+            if kind != UNALLOCATED:
+                yield Extent(guest - self._base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""

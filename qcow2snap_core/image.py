@@ -147,6 +147,32 @@ class Image:
 
     # --- Opening and closing ---
 
+    @property
+    def files(self) -> tuple[Storage, ...]:
+        """Every file that is open for it: its own, the layers' below, their data files."""
+        return tuple(self._shared.storages)
+
+    @property
+    def options(self) -> Options:
+        """How it was opened."""
+        return self._shared.options
+
+    @property
+    def chain(self) -> list[tuple[Storage, Layer]]:
+        """Each layer's file and what the guest sees in it, from the top down."""
+        layer: Layer | None = self.active_disk()
+        found: list[tuple[Storage, Layer]] = []
+        for storage in self._shared.layers:
+            assert layer is not None
+            found.append((storage, layer))
+            layer = layer.below
+        return found
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether any layer of it is."""
+        return self._shared.encrypted
+
     def close(self) -> None:
         """Close the files; disks of it must not be used any more."""
         for storage in self._shared.storages:

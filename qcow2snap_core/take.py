@@ -15,11 +15,11 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from .errors import Error, UsageError, shown
 from .image import open_image
+from .nbdkit import nbdkit
 from .qmp import FrozenGuest, Qmp
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
@@ -34,7 +34,7 @@ class Taken(NamedTuple):
 
     def command(self) -> str:
         """The shell command that serves it."""
-        words = [*_nbdkit(), f"file={self.path}", f"{_key(self.path, self.name)}={self.name}"]
+        words = [*nbdkit(), f"file={self.path}", f"{_key(self.path, self.name)}={self.name}"]
         return shlex.join(words)
 
 
@@ -101,9 +101,3 @@ def _key(path: str, name: str) -> str:
             return "snapshot-name" if any(s.id == name for s in image.snapshots) else "snapshot"
     except Error:  # encrypted, or seen from here elsewhere: whoever serves it will know
         return "snapshot"
-
-
-def _nbdkit() -> list[str]:
-    """How the plugin is called here: by its path in a checkout, by its name when installed."""
-    plugin = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
-    return ["nbdkit", "python", str(plugin)] if plugin.exists() else ["nbdkit", "qcow2snap"]

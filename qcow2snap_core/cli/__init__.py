@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import Error, escaped, reason
 
-COMMANDS = ("list", "map", "diff", "check", "take")
+COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

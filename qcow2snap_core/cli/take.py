@@ -4,10 +4,9 @@ all writes flushed, and print the nbdkit command that serves each."""
 from __future__ import annotations
 
 import argparse
-import signal
-from types import FrameType
 
 from ..take import take
+from .running import terminate_as_interrupt
 
 HELP = "ask a running QEMU for a snapshot"
 EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"
@@ -34,11 +33,7 @@ def run(args: argparse.Namespace) -> int:
     # `--device a b NAME` means what it looks like, though argparse sees two positionals.
     *more, name = args.names
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    # A service manager's SIGTERM must thaw the guest as Ctrl-C does.
-    signal.signal(signal.SIGTERM, interrupt)
+    terminate_as_interrupt()  # the guest must be thawed in any case
     for taken in take(args.qmp, [*args.device, *more], name, args.agent):
         print(taken.command())
     return 0

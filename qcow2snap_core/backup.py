@@ -1,0 +1,179 @@
+"""Copying a snapshot, or what changed since an older one, to a file, a device or an NBD export.
+
+A regular file is written under a temporary name.  For an update (``since``) that begins as a
+copy of the old file, which costs nothing where the filesystem can share blocks (Btrfs, XFS).
+Where it cannot, or there is no room for two, ``in_place`` writes into the old file; so must a
+device and an NBD export be.  An update in place that was interrupted holds some old and some new
+ranges: it is completed by repeating it, since it writes the same ranges again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+from .diff import changes
+from .disk import Disk, RawLayer
+from .errors import Error, UsageError, reason, shown
+from .image import Image
+from .outputs import check_other, check_space, output
+from .progress import progress
+from .storage import open_storage
+from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
+from .transfer import THREADS, Amount, Plan, RawSource, count, transfer, whole
+from .units import binary
+
+_FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy did."""
+
+    amount: Amount
+    seconds: float
+
+    def __str__(self) -> str:
+        data, zeros = binary(self.amount.data), binary(self.amount.zeros)
+        return f"{data} of data and {zeros} of zeros in {self.seconds:.1f} s"
+
+
+def copy(
+    image: Image, new: Disk, target: str, since: Disk | None = None, in_place: bool = False
+) -> Copied:
+    """Make ``target`` hold the disk ``new``; with ``since``, which it holds now, only what differs.
+
+    Raises UsageError before anything is written when the target will not do, otherwise what
+    :meth:`.Disk.pread_into` raises, StorageError when the target fails.
+    """
+    began = time.monotonic()
+    plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
+    job = _Job(new, plan, count(plan), since)
+    kind = file_kind(target)
+    if re.match(r"nbds?(\+[a-z]+)?://", target):
+        job.into(NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS), target)
+    elif kind == stat.S_IFBLK:
+        check_other(image.files, target)
+        job.into(open_device(target), target)
+    elif kind is not None and kind != stat.S_IFREG:
+        raise UsageError(f"{shown(target)} is neither a file nor a block device")
+    elif since is None:
+        check_other(image.files, target)
+        job.new_file(target)
+    else:
+        check_other(image.files, target)
+        _check_old(target, since)
+        (job.update_in_place if in_place else job.update)(target)
+    return Copied(job.amount, time.monotonic() - began)
+
+
+class _Job:
+    """What is to be moved, and the ways to move it."""
+
+    def __init__(self, new: Disk, plan: Plan, amount: Amount, since: Disk | None) -> None:
+        self._new = new
+        self._plan = plan
+        self._since = since
+        self.amount = amount
+
+    def into(self, target: Target, name: str) -> None:
+        """Write into something that is there and keeps its size."""
+        try:
+            need = self._new.size if self._since is None else max(self._new.size, self._since.size)
+            if target.size < need:
+                raise UsageError(
+                    f"{shown(name)} is too small: it has {target.size} bytes, {need} are needed"
+                )
+            with _partly_written(name):
+                self._move(target)
+        finally:
+            target.close()
+
+    def new_file(self, path: str) -> None:
+        with output(path) as part:
+            check_space(os.path.dirname(part), self.amount.data, f"copying to {shown(path)}")
+            with _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                _keep_mode(path, fd)
+                os.ftruncate(fd, self._new.size)
+                self._move(RawTarget(path, fd, empty=True))
+
+    def update(self, path: str) -> None:
+        with output(path) as part, _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+            _keep_mode(path, fd)
+            self._clone(path, fd)
+            os.ftruncate(fd, self._new.size)
+            self._move(RawTarget(path, fd))
+
+    def update_in_place(self, path: str) -> None:
+        with _opened(path, os.O_RDWR) as fd, _partly_written(path):
+            if os.fstat(fd).st_size < self._new.size:
+                os.ftruncate(fd, self._new.size)
+            self._move(RawTarget(path, fd))
+            os.ftruncate(fd, self._new.size)
+
+    def _move(self, target: Target) -> None:
+        with progress("copying", self.amount.data) as advance:
+            transfer(self._new, self._plan, target, advance)
+
+    def _clone(self, path: str, fd: int) -> None:
+        """Make the empty file a copy of the old one."""
+        old = open_storage(path)
+        try:
+            with suppress(OSError), open(path, "rb") as f:
+                fcntl.ioctl(fd, _FICLONE, f.fileno())
+                return
+            source = RawSource(RawLayer(old))
+            amount = count(source.plan)
+            needed = amount.data + self.amount.data
+            check_space(os.path.dirname(os.path.realpath(path)), needed, f"a copy of {shown(path)}")
+            os.ftruncate(fd, old.size())
+            with progress("duplicating", amount.data) as advance:
+                transfer(source, source.plan, RawTarget(path, fd, empty=True), advance)
+        finally:
+            old.close()
+
+
+@contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _partly_written(name: str) -> Iterator[None]:
+    """Say so in an error that comes after the first write."""
+    try:
+        yield
+    except Error as e:
+        raise type(e)(f"{e}; {shown(name)} is partly written: repeat the copy") from e
+
+
+def _keep_mode(path: str, fd: int) -> None:
+    """A file that replaces another keeps its permissions."""
+    with suppress(FileNotFoundError):
+        os.fchmod(fd, stat.S_IMODE(os.stat(path).st_mode))
+
+
+def _check_old(target: str, since: Disk) -> None:
+    """Raises UsageError when the target cannot hold the old snapshot."""
+    if file_kind(target) is None:
+        raise UsageError(f"there is no {shown(target)}: it must hold the snapshot of --since")
+    size = os.stat(target).st_size
+    if size != since.size:
+        raise UsageError(
+            f"{shown(target)} has {size} bytes and {since.name} has {since.size}: "
+            f"it is no copy of that"
+        )

@@ -1,0 +1,38 @@
+"""Copy a snapshot to a raw file, a block device or an NBD export; holes stay holes.
+
+With --since only what changed since the snapshot OLD is written, and TARGET must hold OLD already.
+A file is written under a temporary name and renamed when it is whole; for --since that begins
+as a copy of the old one, which is free on Btrfs and XFS and otherwise needs the time and the
+space. --in-place goes without. Devices and NBD exports are always written in place. When a copy
+in place is interrupted TARGET is a mixture: repeat the same command to complete it."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..backup import copy
+from ..errors import escaped
+from .common import add_image_options, disk_named, open_from
+from .running import terminate_as_interrupt
+
+HELP = "copy a snapshot, or what changed since an older one"
+EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument("--since", metavar="OLD", help="the snapshot that TARGET holds now")
+    parser.add_argument("--in-place", action="store_true", help="update a file without a copy")
+    parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
+    parser.add_argument("target", metavar="TARGET", help="a path, or an NBD URI")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    terminate_as_interrupt()
+    with open_from(args) as image:
+        new = disk_named(image, args.new)
+        since = None if args.since is None else disk_named(image, args.since)
+        done = copy(image, new, args.target, since, args.in_place)
+    print(f"{escaped(args.target)}: {done}")
+    return 0

@@ -1,0 +1,31 @@
+"""Make one image of an external chain, with an internal snapshot for each of its files, named
+after the file without the ending. The active disk is TOP's, and OUT has no backing file.
+
+The chain is only read, and must not be in use. OUT is neither compressed nor encrypted; it
+appears when it is whole."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..chains import join
+from ..errors import escaped
+from .common import add_image_options, open_from
+from .running import terminate_as_interrupt, warn
+
+HELP = "an external chain to one image with internal snapshots"
+EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="TOP", help="the topmost image of the chain")
+    parser.add_argument("out", metavar="OUT", help="the image to make")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    terminate_as_interrupt()
+    with open_from(args) as image:
+        names = join(image, args.out, warn)
+    print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")
+    return 0

@@ -1,0 +1,35 @@
+"""Make an external chain of an image's internal snapshots: one overlay for each, with only what
+changed, the oldest as the base, and active.qcow2 for the active disk on top.
+
+An overlay is named after its snapshot: what a file name cannot hold is percent-encoded, and the
+ID stands for names that are empty, repeated, too long or 'active'. A backing file of FILE becomes
+that of the base; if anything is encrypted, the base holds all of it instead. The overlays are
+neither compressed nor encrypted, and VM state is not carried over. FILE is only read, and must not
+be in use. OUTDIR appears when it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from ..chains import split
+from ..errors import escaped
+from .common import add_image_options, open_from
+from .running import terminate_as_interrupt, warn
+
+HELP = "internal snapshots to an external chain"
+EXAMPLE = "qcow2snap split disk.qcow2 chain/"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument("outdir", metavar="OUTDIR", help="a directory, absent or empty")
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    terminate_as_interrupt()
+    with open_from(args) as image:
+        for name in split(image, args.outdir, warn):
+            print(escaped(os.path.join(args.outdir, name)))
+    return 0

@@ -1,0 +1,63 @@
+"""The nbdkit command line that serves an image with the plugin of this package."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from .errors import UsageError
+from .image import Image
+from .snapshots import Snapshot
+
+# Servers are handed their sockets as descriptors from 3 on; a passphrase has to stay clear of them.
+_FIRST_DESCRIPTOR = 10
+
+
+def nbdkit(*options: str) -> list[str]:
+    """The command up to the plugin: by its path in a checkout, by its name when installed."""
+    plugin = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
+    return ["nbdkit", *options, *(["python", str(plugin)] if plugin.exists() else ["qcow2snap"])]
+
+
+def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
+    """The plugin's keys for a snapshot of an open image.
+
+    Its passphrases go into pipes, where ``ps`` does not show them; the descriptors to inherit
+    are appended to ``descriptors``, and whoever calls closes them.
+    """
+    options = image.options
+    found = [f"file={os.path.abspath(image.path)}"]
+    found += [f"snapshot-id={snapshot.id}"] if snapshot.id else []
+    found += [f"snapshot-name={snapshot.name}"] if snapshot.name else []
+    found += [f"allow-dir={os.path.abspath(d)}" for d in options.allow_dirs]
+    if options.backing_format is not None:
+        found.append(f"backing-format={options.backing_format}")
+    for layer, passphrase in options.passphrases.items():
+        key = f"passphrase.{layer}" if layer else "passphrase"
+        descriptors.append(_pipe_with(passphrase + b"\n"))
+        found.append(f"{key}=-{descriptors[-1]}")
+    return found
+
+
+def execute(arguments: list[str]) -> None:
+    """Become nbdkit.  Raises UsageError when there is none."""
+    try:
+        os.execvp(arguments[0], arguments)
+    except FileNotFoundError:
+        raise missing("nbdkit", "nbdkit and nbdkit-plugin-python") from None
+
+
+def missing(tool: str, packages: str) -> UsageError:
+    return UsageError(f"{tool} is missing: install {packages}")
+
+
+def _pipe_with(content: bytes) -> int:
+    """The reading end of a pipe that holds the content."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, content)
+        return fcntl.fcntl(reading, fcntl.F_DUPFD, _FIRST_DESCRIPTOR)
+    finally:
+        os.close(reading)
+        os.close(writing)

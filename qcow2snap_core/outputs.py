@@ -1,0 +1,85 @@
+"""Output files that are there whole or not at all.
+
+The work is done under a temporary name in the same directory, ``.qcow2snap-….part``, which is
+renamed at the end.  Whatever ends the work before that, an error or Ctrl-C, removes it again; a
+kill that no program can answer may leave it behind, but never anything under the real name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+from .errors import UsageError, shown
+from .storage import Storage
+from .units import binary
+
+
+@contextmanager
+def output(path: str) -> Iterator[str]:
+    """A name for a file or directory that the block makes; then it is renamed to ``path``.
+
+    A symlink is followed, so that what it leads to is replaced and not the link.
+    """
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
+    part = os.path.join(directory, f".qcow2snap-{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        _settle(part)
+        os.rename(part, path)
+    except BaseException:
+        _remove(part)
+        raise
+    _sync(directory)
+
+
+def check_other(files: Iterable[Storage], path: str) -> None:
+    """Raises UsageError when the path is one of the files that are being read."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return
+    device = stat.S_ISBLK(status.st_mode)
+    inode = (-1, status.st_rdev) if device else (status.st_dev, status.st_ino)
+    for file in files:
+        if file.inode == inode:
+            raise UsageError(f"{shown(path)} is {shown(file.path)}, which is being copied")
+
+
+def check_space(directory: str, needed: int, what: str) -> None:
+    """Raises UsageError unless the directory's filesystem has that many bytes free."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UsageError(
+            f"{what} needs {binary(needed)}, {shown(directory)} has {binary(free)} free"
+        )
+
+
+def _settle(path: str) -> None:
+    """Bring it to the disk, so that after a crash the name does not lead to less."""
+    if os.path.isdir(path):
+        for entry in os.scandir(path):
+            _sync(entry.path)
+    _sync(path)
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)

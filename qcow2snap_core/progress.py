@@ -1,0 +1,58 @@
+"""A bar on the terminal while long work is done; nothing at all on a pipe.
+
+tqdm draws it: one Debian package without dependencies, where rich brings three more and takes
+longer to import than most images take to list.  It is imported when there is something to draw,
+and where it is not installed the work is done in silence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+#: Called with the bytes done since the last call, by any thread.
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """Show a bar of ``total`` bytes until the block ends."""
+    bar = _bar(what, total) if sys.stderr.isatty() else None
+    if bar is None:
+        yield _nothing
+        return
+    lock = Lock()  # tqdm's own update is not made for several threads
+
+    def advance(done: int) -> None:
+        with lock:
+            bar.update(done)
+
+    try:
+        yield advance
+    finally:
+        bar.close()
+
+
+def _nothing(done: int) -> None:
+    pass
+
+
+def _bar(what: str, total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    tqdm.monitor_interval = 0  # it would start a thread that outlives the bar
+    return tqdm(
+        desc=what,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        dynamic_ncols=True,
+        leave=False,
+        file=sys.stderr,
+    )

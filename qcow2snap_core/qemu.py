@@ -1,0 +1,78 @@
+"""QEMU's own tools, which write the qcow2 files that this package makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Final
+
+from .errors import StorageError, UsageError, escaped, shown
+from .targets import NbdTarget
+from .transfer import THREADS
+
+_IMAGE: Final = "QCOW2SNAP_IMAGE"
+
+
+def qemu_img(*arguments: str) -> None:
+    """Run qemu-img.  Raises StorageError with what it says, UsageError when it is missing."""
+    try:
+        done = subprocess.run(
+            ["qemu-img", *arguments], capture_output=True, stdin=subprocess.DEVNULL, check=False
+        )
+    except FileNotFoundError:
+        raise _missing("qemu-img") from None
+    if done.returncode:
+        raise StorageError(_first_line(done.stderr) or f"qemu-img {arguments[0]} failed")
+
+
+def check_unused(path: str) -> None:
+    """Raises UsageError while a program has the image open for writing, as QEMU's locks say."""
+    try:
+        qemu_img("info", "-f", "qcow2", os.path.realpath(path))
+    except StorageError as e:
+        if "lock" in str(e):
+            raise UsageError(f"{shown(path)} is in use: shut its virtual machine down") from e
+        raise
+
+
+@contextmanager
+def writable(path: str) -> Iterator[NbdTarget]:
+    """A qcow2 file as something to write to, through a qemu-nbd that ends with the block.
+
+    It ends with its last connection, so it does not outlive a process that was killed either.
+    """
+    with tempfile.TemporaryFile() as said:
+        try:
+            target = NbdTarget(path, lambda handle: _start(handle, path, said), THREADS)
+        except UsageError as e:
+            raise UsageError(_first_line(_content(said)) or str(e)) from e
+        try:
+            yield target
+        finally:
+            target.close()
+
+
+def _start(handle: Any, path: str, said: IO[bytes]) -> None:
+    # libnbd starts it with our own standard error; the shell gives it another.  And libnbd takes
+    # no argument that is not UTF-8, as a path may be: the environment takes any bytes.
+    shell = f'exec qemu-nbd "$@" "${_IMAGE}" 2>/proc/{os.getpid()}/fd/{said.fileno()}'
+    options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
+    os.environ[_IMAGE] = path
+    handle.connect_systemd_socket_activation(["sh", "-c", shell, "sh", *options])
+
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _missing(tool: str) -> UsageError:
+    return UsageError(f"{tool} is missing: install qemu-utils")
+
+
+def _first_line(said: bytes) -> str:
+    lines = said.decode("utf-8", "surrogateescape").strip().splitlines()
+    return escaped(lines[0]) if lines else ""

@@ -1,0 +1,199 @@
+"""What a disk can be copied to: a raw file, a block device, an NBD export.
+
+Each can be written and zeroed at any offset by several threads at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final, Protocol
+
+from .errors import StorageError, UsageError, reason, shown
+
+
+class Target(Protocol):
+    """Where bytes go to.  Its methods raise StorageError."""
+
+    size: int  # bytes
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of the view."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, without taking space for it where that is possible."""
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+
+    def close(self) -> None: ...
+
+
+# linux/falloc.h
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+_ZERO_RANGE: Final = 16
+
+_CANNOT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_ZEROS: Final = memoryview(bytes(1 << 20))
+
+
+class RawTarget:
+    """An open file or block device."""
+
+    def __init__(self, path: str, fd: int, *, empty: bool = False) -> None:
+        """Owns the descriptor.  ``empty``: it is one hole already."""
+        self._path = path
+        self._fd = fd
+        self._empty = empty
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        try:
+            while view:
+                n = os.pwrite(self._fd, view, offset)
+                view, offset = view[n:], offset + n
+        except OSError as e:
+            raise _failed(self._path, offset, reason(e)) from e
+
+    def zero(self, offset: int, length: int) -> None:
+        if self._empty:
+            return
+        # On a block device a hole is a discard that leaves zeros; where it cannot do that, the
+        # second way has the kernel write them.
+        for mode in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE):
+            try:
+                _fallocate(self._fd, mode, offset, length)
+                return
+            except OSError as e:
+                if e.errno not in _CANNOT:
+                    raise _failed(self._path, offset, reason(e)) from e
+        for at in range(offset, offset + length, len(_ZEROS)):
+            self.write(_ZEROS[: offset + length - at], at)
+
+    def flush(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError as e:
+            raise _failed(self._path, 0, reason(e)) from e
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def open_device(path: str) -> RawTarget:
+    """A block device that nothing else has mounted or claimed.  Raises UsageError."""
+    try:
+        # O_EXCL on a device: the kernel refuses it while it is mounted.
+        return RawTarget(path, os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as e:
+        raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
+
+
+class NbdTarget:
+    """A writable NBD export, over several connections where the server allows that."""
+
+    def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
+        """``connect`` is called with the first handle; ``name`` is for error lines."""
+        self._name = name
+        self._nbd = libnbd()
+        self._all: list[Any] = []
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        try:
+            first = self._open(connect)
+            self.size: int = first.get_size()
+            if first.is_read_only():
+                raise UsageError(f"{shown(name)} is read-only")
+            self._can_zero = first.can_zero()
+            if first.can_multi_conn():
+                uri = first.get_uri()
+                for _ in range(connections - 1):
+                    self._open(lambda handle: handle.connect_uri(uri))
+        except self._nbd.Error as e:
+            self.close()
+            raise UsageError(f"cannot open {shown(name)}: {_said(e)}") from e
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, connect: Callable[[Any], None]) -> Any:
+        handle = self._nbd.NBD()
+        connect(handle)
+        self._all.append(handle)
+        self._idle.put(handle)
+        return handle
+
+    def write(self, view: memoryview, offset: int) -> None:
+        self._call(offset, lambda handle: handle.pwrite(view, offset))
+
+    def zero(self, offset: int, length: int) -> None:
+        if self._can_zero:
+            self._call(offset, lambda handle: handle.zero(length, offset))
+            return
+        for at in range(offset, offset + length, len(_ZEROS)):
+            self.write(_ZEROS[: offset + length - at], at)
+
+    def flush(self) -> None:
+        for handle in self._all:
+            try:
+                if handle.can_flush():
+                    handle.flush()
+            except self._nbd.Error as e:
+                raise _failed(self._name, 0, _said(e)) from e
+
+    def close(self) -> None:
+        """Disconnect; waits for the end of a server that was started for this."""
+        for handle in self._all:
+            try:
+                handle.shutdown()
+            except self._nbd.Error:
+                continue  # the connection is dead already
+        self._all.clear()
+        self._idle = SimpleQueue()
+
+    def _call(self, offset: int, do: Callable[[Any], None]) -> None:
+        handle = self._idle.get()
+        try:
+            do(handle)
+        except self._nbd.Error as e:
+            raise _failed(self._name, offset, _said(e)) from e
+        finally:
+            self._idle.put(handle)
+
+
+def libnbd() -> Any:
+    """The module nbd.  Raises UsageError that names the package when it is missing."""
+    try:
+        import nbd
+    except ImportError:
+        raise UsageError("libnbd's Python module is missing: install python3-libnbd") from None
+    return nbd
+
+
+def file_kind(path: str) -> int | None:
+    """The type bits of a file's mode, None when there is none."""
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def _said(e: Any) -> str:
+    return str(e.string).partition(": ")[2] or str(e.string)
+
+
+def _failed(name: str, offset: int, why: str) -> StorageError:
+    return StorageError(f"writing to {shown(name)} at offset {offset:#x} failed: {why}")
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

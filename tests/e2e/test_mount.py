@@ -1,0 +1,130 @@
+"""``qcow2snap mount`` and ``serve``: a snapshot as a file, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from support import command, qemu
+from support.qemu import KiB, MiB
+from support.running import eventually, started, until
+
+pytestmark = pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="no FUSE here")
+
+SIZE = 4 * MiB
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mount") / "disk.qcow2"
+    qemu.RandomImage(path, seed=9, size=SIZE).make(["one"])
+    return path
+
+
+def processes_with(word: str) -> list[str]:
+    """The command lines of all processes that mention it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if word in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_disk_is_there_until_interrupted(image: Path, tmp_path: Path, number: int) -> None:
+    with started("mount", image, "one", tmp_path) as process:
+        until((tmp_path / "disk").exists, process)
+        assert (tmp_path / "disk").read_bytes() == qemu.content(image, "one")
+        with (
+            pytest.raises(OSError, match=r"Permission denied|Read-only"),
+            open(tmp_path / "disk", "r+b") as f,
+        ):
+            f.write(b"x")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert os.listdir(tmp_path) == []
+    eventually(lambda: not processes_with(str(image)))
+
+
+def test_unmounting_ends_it(image: Path, tmp_path: Path) -> None:
+    with started("mount", image, "one", tmp_path) as process:
+        until((tmp_path / "disk").exists, process)
+        qemu.run("fusermount3", "-u", tmp_path)
+        assert process.wait(60) == 0
+
+
+def test_after_a_kill_nothing_stays_mounted(image: Path, tmp_path: Path) -> None:
+    with started("mount", image, "one", tmp_path) as process:
+        until((tmp_path / "disk").exists, process)
+        process.kill()
+        process.wait(60)
+        eventually(lambda: not os.path.ismount(tmp_path))
+
+
+def test_one_partition(tmp_path: Path) -> None:
+    path, where = qemu.create(tmp_path / "disk.qcow2", SIZE), tmp_path / "mnt"
+    where.mkdir()
+    entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (128).to_bytes(4, "little") * 2
+    (tmp_path / "mbr").write_bytes(bytes(446) + entry + bytes(48) + b"\x55\xaa")
+    qemu.io(path, f"write -s {tmp_path}/mbr 0 512", "write -P 7 64k 64k")
+    qemu.take(path, "one")
+    with started("mount", "--partition", 1, path, "one", where) as process:
+        until((where / "disk").exists, process)
+        assert (where / "disk").read_bytes() == b"\7" * 64 * KiB
+
+
+def test_an_encrypted_image_with_its_secret_kept_out_of_sight(tmp_path: Path) -> None:
+    path, where, secret = tmp_path / "disk.qcow2", tmp_path / "mnt", "correct horse"
+    where.mkdir()
+    (tmp_path / "secret").write_text(secret)
+    key = ["--object", f"secret,id=s,data={secret}"]
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    qemu.run("qemu-img", "create", "-q", *key, "-f", "qcow2", "-o", options, path, SIZE)
+    opened = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    qemu.run("qemu-io", *key, "--image-opts", "-c", "write -P 7 0 64k", opened)
+    qemu.run("qemu-img", "snapshot", "-c", "one", *key, "--image-opts", opened)
+    line = ["mount", path, "one", where, "--passphrase", f"+{tmp_path}/secret"]
+    with started(*line) as process:
+        until((where / "disk").exists, process)
+        assert (where / "disk").read_bytes() == b"\7" * 64 * KiB + bytes(SIZE - 64 * KiB)
+        assert processes_with(secret) == []
+
+
+REFUSED = {
+    "no such snapshot": (["three", "mnt"], "it has 1 'one'"),
+    "no such directory": (["one", "none"], "there is no directory"),
+    "no such partition": (["one", "mnt", "--partition", "1"], "partition"),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_mounted_is_one_line(
+    image: Path, tmp_path: Path, line: list[str], expected: str
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    snapshot, directory, *more = line
+    said = command.fails("mount", image, snapshot, tmp_path / directory, *more)
+    assert expected in said
+
+
+def test_serve_passes_on_what_follows(image: Path) -> None:
+    run = ["-U", "-", "--filter=offset", f"range={MiB}", "--run", 'nbdinfo --size "$uri"']
+    assert command.qcow2snap("serve", image, "one", *run) == f"{MiB}\n"
+
+
+def test_serve_without_a_snapshot_serves_all(image: Path) -> None:
+    run = [
+        "-U",
+        "-",
+        "l2-cache-size=1M",
+        "--run",
+        'nbdinfo --size "nbd+unix:///1?socket=$unixsocket"',
+    ]
+    assert command.qcow2snap("serve", image, *run) == f"{SIZE}\n"

@@ -7,6 +7,8 @@ The run ends with the table: see conftest.py in this folder.
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from support import qemu, secret
 from support.qemu import KiB, MiB
-from support.server import serve
+from support.server import Server, serve
 
 SIZE = 4 * MiB + 3 * 512
 TOP, BELOW = "top secret", "another secret"
@@ -77,16 +79,20 @@ def make(path: Path, feature: str, cluster: str, compat: str, **rest: Any) -> se
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., secret.Secrets]:
     """As :func:`make`, from a copy where the same was made before: a LUKS header costs QEMU two
     seconds of measuring how slow a key derivation should be."""
-    directory = tmp_path_factory.mktemp("fresh")
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent  # all workers have the copies in common
 
     def copied(path: Path, feature: str, cluster: str, compat: str, **rest: Any) -> secret.Secrets:
         if feature != "LUKS":
             return make(path, feature, cluster, compat, **rest)
         backing = rest.pop("backing", None)
-        key = "-".join([cluster, compat, *map(str, rest.values())])
+        key = "-".join(["luks", cluster, compat, *map(str, rest.values())])
         template = directory / key
         if not template.exists():
-            make(template, feature, cluster, compat, **rest)
+            mine = directory / f"{key}.{os.getpid()}"
+            make(mine, feature, cluster, compat, **rest)
+            mine.rename(template)
         shutil.copyfile(template, path)
         secrets = (rest.get("secret", TOP),)
         if backing is not None:
@@ -117,6 +123,16 @@ def below(directory: Path, case: tuple[str, str, str, str], fresh: Any) -> tuple
     return (path.name, "qcow2"), None
 
 
+def read_pieces(server: Server, name: str, content: bytes) -> None:
+    """At any offset: sectors, subclusters and compressed clusters are cut anywhere."""
+    rng = random.Random(name)
+    with server.connect(name) as client:
+        for _ in range(25):
+            at = rng.randrange(len(content))
+            length = min(len(content) - at, rng.choice((1, 15, 511, 512, 4097, 70_000)))
+            assert client.pread(length, at) == content[at : at + length], (at, length)
+
+
 @pytest.mark.parametrize("case", CASES, ids="/".join)
 def test_content_and_extents_are_those_of_qemu(
     tmp_path: Path,
@@ -139,6 +155,7 @@ def test_content_and_extents_are_those_of_qemu(
     with serve(file=path, **keys) as server:
         for name, content in expected.items():
             assert server.copy(name) == content
+            read_pieces(server, name, content)
         assert server.extents("two") == secret.snapshot_extents(path, secrets, "two")
     record_property("matrix", case)
 

@@ -15,7 +15,7 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
-	@echo "make test-live       the tests beside a running QEMU, at full length (half an hour)"
+	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
@@ -38,7 +38,7 @@ TESTS ?= tests
 check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 
-# On one core at a time: what is measured here is many reads against one QEMU.
+# One test at a time: each makes load enough for a machine.
 test-live: deps-test
 	QCOW2SNAP_LIVE=long $(PYTHON) -m pytest -q -rP --timeout=1800 tests/live
 

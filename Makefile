@@ -15,7 +15,7 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
-	@echo "make test-live       the tests beside a running QEMU, at full length (half an hour)"
+	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin; images in build/bench/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
@@ -46,7 +46,7 @@ bench:
 	@packaging/install-deps bench
 	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
 
-# On one core at a time: what is measured here is many reads against one QEMU.
+# One test at a time: each makes load enough for a machine.
 test-live: deps-test
 	QCOW2SNAP_LIVE=long $(PYTHON) -m pytest -q -rP --timeout=1800 tests/live
 

@@ -181,13 +181,13 @@ class Reader(threading.Thread):
             return enough or bool(t.bad) or not self.is_alive()
 
         with self._moved:
-            assert self._moved.wait_for(there, 120), f"the reader hangs: {self.tally}"
+            assert self._moved.wait_for(there, 600), f"the reader hangs: {self.tally}"
         assert not self.tally.bad, self.tally
         assert self.is_alive(), self.tally
 
     def finish(self) -> Tally:
         self._stop_now.set()
-        self.join(120)
+        self.join(600)
         assert not self.is_alive(), f"the reader hangs: {self.tally}"
         return self.tally
 

@@ -38,7 +38,7 @@ class Qmp:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(120)
+        self._socket.settimeout(600)
         self._socket.connect(str(path))
         self._file = self._socket.makefile("rw")
         self._lock = threading.Lock()

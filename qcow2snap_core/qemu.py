@@ -56,12 +56,16 @@ def writable(path: str) -> Iterator[NbdTarget]:
 
 
 def _start(handle: Any, path: str, said: IO[bytes]) -> None:
-    # libnbd starts it with our own standard error; the shell gives it another.  And libnbd takes
-    # no argument that is not UTF-8, as a path may be: the environment takes any bytes.
-    shell = f'exec qemu-nbd "$@" "${_IMAGE}" 2>/proc/{os.getpid()}/fd/{said.fileno()}'
+    # libnbd starts it with our own standard error; the shell gives it another.  Should we be
+    # killed before anything is connected, the kernel ends it, or the shell never starts it;
+    # not with SIGTERM, which qemu-nbd forgets while it starts.
+    # The path goes through the environment, since libnbd takes arguments in UTF-8 only.
+    us = os.getpid()
+    shell = f'[ $PPID = {us} ] && exec qemu-nbd "$@" "${_IMAGE}" 2>/proc/{us}/fd/{said.fileno()}'
+    starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
     options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
     os.environ[_IMAGE] = path
-    handle.connect_systemd_socket_activation(["sh", "-c", shell, "sh", *options])
+    handle.connect_systemd_socket_activation([*starter, *options])
 
 
 def _content(file: IO[bytes]) -> bytes:

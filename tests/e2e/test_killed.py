@@ -1,0 +1,87 @@
+"""Killed or interrupted at any moment, copy, split and join leave an output whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support import command, qemu
+from support.qemu import MiB
+from support.running import eventually, started
+
+SIZE = 24 * MiB
+MOMENTS = 20
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An image, and what an undisturbed run makes of it."""
+    directory = tmp_path_factory.mktemp("killed")
+    path = qemu.create(directory / "disk.qcow2", SIZE)
+    for byte in (1, 2, 3):
+        qemu.io(path, f"write -P {byte} {byte}M 16M")
+        qemu.take(path, f"s{byte}")
+    for name in ("s1", "s2"):
+        (directory / name).write_bytes(qemu.content(path, name))
+    command.qcow2snap("split", path, directory / "chain")
+    return {name: directory / name for name in ("disk.qcow2", "s1", "s2", "chain")}
+
+
+def check_whole(kind: str, made: dict[str, Path], out: Path) -> None:
+    """Fails when the output is there and not what it should be."""
+    if kind == "update":  # of a file that was there
+        assert out.read_bytes() in (made["s1"].read_bytes(), made["s2"].read_bytes())
+    elif not out.exists():
+        return
+    elif kind == "copy":
+        assert out.read_bytes() == made["s2"].read_bytes()
+    elif kind == "split":
+        assert sorted(os.listdir(out)) == sorted(os.listdir(made["chain"]))
+        qemu.run("qemu-img", "compare", "-q", out / "active.qcow2", made["disk.qcow2"])
+    else:
+        assert list(qemu.snapshots(out)) == ["s1", "s2", "s3", "active"]
+        qemu.run("qemu-img", "compare", "-q", out, made["disk.qcow2"])
+
+
+def arguments(kind: str, made: dict[str, Path], out: Path) -> list[object]:
+    disk = made["disk.qcow2"]
+    if kind == "copy":
+        return ["copy", disk, "s2", out]
+    if kind == "update":
+        shutil.copyfile(made["s1"], out)
+        return ["copy", disk, "--since", "s1", "s2", out]
+    if kind == "split":
+        return ["split", disk, out]
+    return ["join", made["chain"] / "active.qcow2", out]
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("kind", ["copy", "update", "split", "join"])
+def test_killed_at_a_random_moment(
+    made: dict[str, Path], tmp_path: Path, kind: str, moment: int
+) -> None:
+    rng = random.Random(f"{kind}{moment}")
+    number = rng.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+    out = tmp_path / "out"
+    with started(*arguments(kind, made, out)) as process:
+        early = moment % 4 == 0  # perhaps before Python has started, which has its own ways to end
+        if not early:
+            eventually(lambda: process.poll() is not None or parts(tmp_path))
+        time.sleep(rng.uniform(0, 0.4))  # the one place where a sleep is what is tested
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    check_whole(kind, made, out)
+    if number != signal.SIGKILL:
+        assert parts(tmp_path) == []
+        # By the signal itself: when Python is ending, and the work is done.
+        assert early or (process.returncode in (0, 130, -number) and not err)
+
+
+def parts(directory: Path) -> list[str]:
+    """The temporary names that are there."""
+    return [name for name in os.listdir(directory) if name.endswith(".part")]

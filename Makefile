@@ -7,7 +7,8 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
-.PHONY: help demo test test-live compare-live check bench lint format deps deps-test clean
+.PHONY: help demo test test-live compare-live check bench lint format deps deps-test
+.PHONY: install uninstall deb rpm clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -22,6 +23,11 @@ help:
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
 	@echo "make deps-test       the same for the tests"
+	@echo "make install         plugin, package, command, man pages and completion, for the system;"
+	@echo "                     PREFIX=/usr/local (or /usr) and DESTDIR= say where"
+	@echo "make uninstall       remove what it installed"
+	@echo "make deb             a Debian package in build/, with debhelper"
+	@echo "make rpm             an RPM package in build/, with rpmbuild"
 	@echo "make clean           remove what these targets made, but no system package"
 
 deps:
@@ -67,6 +73,19 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(RUFF) check --fix $(SOURCES)
 	$(RUFF) format $(SOURCES)
+
+PREFIX ?= /usr/local
+# Exported only if they are set: packaging/install finds out what they are here.
+export PREFIX DESTDIR PLUGINDIR PYTHONDIR NBDKIT PYTHON
+install:
+	@packaging/install install
+
+uninstall:
+	@packaging/install uninstall
+
+# A package is built from a copy, so that its tools leave nothing in the tree.
+deb rpm:
+	@packaging/build $@
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -18,7 +18,7 @@ from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
 from .image import Image, Options, open_image
 from .snapshots import Snapshot
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 __all__ = [
     "Disk",

@@ -1,0 +1,173 @@
+"""make install and pip install: what goes where, that it works there, and that it goes again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import qemu
+from support.server import ROOT
+
+import qcow2snap_core
+
+PLUGIN = "nbdkit-qcow2snap-plugin"
+
+
+def make(target: str, **variables: object) -> str:
+    words = [f"{name}={value}" for name, value in variables.items()]
+    return qemu.run("make", "-s", "-C", ROOT, target, *words)
+
+
+def files(root: Path) -> set[str]:
+    return {str(f.relative_to(root)) for f in root.rglob("*") if f.is_file() or f.is_symlink()}
+
+
+def nbdkit_config(key: str) -> str:
+    lines = qemu.run("nbdkit", "--dump-config").splitlines()
+    return dict(line.split("=", 1) for line in lines)[key]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    make("install", DESTDIR=root, PREFIX="/usr")
+    return root
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = qemu.create(tmp_path / "disk.qcow2", 1 << 20)
+    qemu.io(path, "write -P 7 64k 64k")
+    qemu.take(path, "nightly")
+    qemu.io(path, "write -P 8 64k 64k")
+    return path
+
+
+def package_folder(root: Path) -> Path:
+    [found] = root.glob("usr/lib/python3*/*-packages")
+    return found
+
+
+def test_every_part_is_in_its_place(installed: Path) -> None:
+    package = package_folder(installed).relative_to(installed)
+    sources = {f"{package}/{f.relative_to(ROOT)}" for f in (ROOT / "qcow2snap_core").rglob("*.py")}
+    assert files(installed) == sources | {
+        f"{package}/qcow2snap_core/py.typed",
+        f"{nbdkit_config('plugindir')[1:]}/{PLUGIN}",
+        "usr/bin/qcow2snap",
+        "usr/share/bash-completion/completions/qcow2snap",
+        f"usr/share/man/man1/{PLUGIN}.1",
+        "usr/share/man/man1/qcow2snap.1",
+    }
+
+
+@pytest.mark.parametrize("prefix", ["/usr", "/usr/local"])
+def test_python_looks_where_the_package_is(tmp_path: Path, prefix: str) -> None:
+    make("install", DESTDIR=tmp_path, PREFIX=prefix)
+    [module] = tmp_path.rglob("threadstate.py")
+    where = f"/{module.parents[1].relative_to(tmp_path)}"
+    assert where.startswith(f"{prefix}/lib/python3")
+    assert where in sys.path
+
+
+def test_a_prefix_where_python_does_not_look_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="finds no packages below /opt/x"):
+        make("install", DESTDIR=tmp_path, PREFIX="/opt/x")
+    assert not files(tmp_path)
+
+
+def test_uninstall_removes_every_file(tmp_path: Path) -> None:
+    make("install", DESTDIR=tmp_path, PREFIX="/usr")
+    package = package_folder(tmp_path) / "qcow2snap_core"
+    qemu.run("/usr/bin/python3", "-m", "compileall", "-q", package)  # as a first run leaves it
+    make("uninstall", DESTDIR=tmp_path, PREFIX="/usr")
+    assert not files(tmp_path)
+    assert not package.exists()
+
+
+def test_a_module_of_an_older_version_does_not_stay(tmp_path: Path) -> None:
+    make("install", DESTDIR=tmp_path, PREFIX="/usr")
+    old = package_folder(tmp_path) / "qcow2snap_core" / "old.py"
+    old.touch()
+    make("install", DESTDIR=tmp_path, PREFIX="/usr")
+    assert not old.exists()
+
+
+def test_the_installed_plugin_serves_a_snapshot(installed: Path, image: Path) -> None:
+    # nbdkit looks for qcow2snap in its own directory only; what it would run there is this file.
+    plugin = installed / nbdkit_config("plugindir")[1:] / PLUGIN
+    environment = {**os.environ, "PYTHONPATH": str(package_folder(installed))}
+    said = qemu.run(
+        plugin,
+        f"file={image}",
+        "snapshot=nightly",
+        "--run",
+        'nbdcopy "$uri" - | od -An -tx1 -j65536 -N2',
+        env=environment,
+    )
+    assert said.split() == ["07", "07"]
+    dumped = qemu.run(plugin, "--dump-plugin", env=environment)
+    assert f"qcow2snap_version={qcow2snap_core.__version__}" in dumped
+
+
+def test_the_installed_package_is_the_one_that_is_used(installed: Path, image: Path) -> None:
+    script = 'import qcow2snap_core.take as t; print(t.Taken("d", "/a b", "n").command())'
+    environment = {**os.environ, "PYTHONPATH": str(package_folder(installed))}
+    said = qemu.run("/usr/bin/python3", "-c", script, env=environment, cwd=image.parent)
+    assert said == "nbdkit qcow2snap 'file=/a b' snapshot=n\n"
+
+
+def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(package_folder(installed))}
+    said = qemu.run(installed / "usr/bin/qcow2snap", "--version", env=environment, cwd=tmp_path)
+    assert said == f"qcow2snap {qcow2snap_core.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("qcow2snap ta", ["take"]),
+        ("qcow2snap --ver", ["--version"]),
+        ("qcow2snap take --q", ["--qmp"]),
+        ("qcow2snap take --qmp /run/x --ag", ["--agent"]),
+        ("qcow2snap take disk.", []),
+    ],
+)
+def test_bash_completes(installed: Path, line: str, offered: list[str]) -> None:
+    words = line.split()
+    script = (
+        f"source {installed}/usr/share/bash-completion/completions/qcow2snap\n"
+        f"COMP_WORDS=({line}) COMP_CWORD={len(words) - 1}; _qcow2snap\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    assert qemu.run("bash", "-c", script).split() == offered
+
+
+@pytest.mark.timeout(400)  # making the environment alone takes long on a busy machine
+def test_pip_install_gives_library_and_command(tmp_path: Path, image: Path) -> None:
+    # A copy, because setuptools leaves build/ and an egg-info beside what it builds.
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "qcow2snap_core", source / "qcow2snap_core")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    venv = tmp_path / "venv"
+    qemu.run("/usr/bin/python3", "-m", "venv", "--system-site-packages", venv)
+    pip = [venv / "bin/pip", "install", "-q", "--disable-pip-version-check"]
+    # What it needs to build and to run is there as system packages: no network.
+    qemu.run(*pip, "--no-build-isolation", "--no-deps", "--no-index", source)
+    script = (
+        "import qcow2snap_core, qcow2snap_core.cli as cli; print(cli.__file__)\n"
+        f"with qcow2snap_core.open({str(image)!r}) as image:\n"
+        "    print(image.snapshot('nightly').pread(1, 65536))"
+    )
+    where, byte = qemu.run(venv / "bin/python", "-c", script, cwd=tmp_path).splitlines()
+    assert where.startswith(str(venv))
+    assert byte == r"b'\x07'"
+    done = subprocess.run(
+        [venv / "bin/qcow2snap", "no-such-command"], capture_output=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2

@@ -21,6 +21,7 @@ from .diff import changes
 from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer
 from .errors import UsageError, shown
 from .image import Image
+from .interrupts import check
 from .outputs import check_other, check_space, output
 from .progress import Advance, progress
 from .qemu import check_unused, qemu_img, writable
@@ -222,6 +223,7 @@ def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -
         clusters = 8 + part.size // per_table * 8 // cluster  # header, refcounts, L1 table
         last_table = -1
         for offset, length, kind in merged(part.plan()):
+            check()
             last = (offset + length - 1) // per_table
             clusters += last - max(last_table, offset // per_table - 1)
             last_table = last

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Final
 
 from .errors import StorageError, UsageError, escaped, shown
+from .interrupts import check
 from .targets import NbdTarget
 from .transfer import THREADS
 
@@ -18,6 +19,7 @@ _IMAGE: Final = "QCOW2SNAP_IMAGE"
 
 def qemu_img(*arguments: str) -> None:
     """Run qemu-img.  Raises StorageError with what it says, UsageError when it is missing."""
+    check()
     try:
         done = subprocess.run(
             ["qemu-img", *arguments], capture_output=True, stdin=subprocess.DEVNULL, check=False

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
@@ -104,28 +106,27 @@ class NbdTarget:
         self._all: list[Any] = []
         self._idle: SimpleQueue[Any] = SimpleQueue()
         try:
-            first = self._open(connect)
-            self.size: int = first.get_size()
-            if first.is_read_only():
+            self._open(connect)
+            self.size: int = self._all[0].get_size()
+            if self._all[0].is_read_only():
                 raise UsageError(f"{shown(name)} is read-only")
-            self._can_zero = first.can_zero()
-            if first.can_multi_conn():
-                uri = first.get_uri()
+            self._can_zero = self._all[0].can_zero()
+            if self._all[0].can_multi_conn():
+                uri = self._all[0].get_uri()
                 for _ in range(connections - 1):
                     self._open(lambda handle: handle.connect_uri(uri))
         except self._nbd.Error as e:
             self.close()
             raise UsageError(f"cannot open {shown(name)}: {_said(e)}") from e
         except BaseException:
+            self._kill_server()
             self.close()
             raise
 
-    def _open(self, connect: Callable[[Any], None]) -> Any:
-        handle = self._nbd.NBD()
-        connect(handle)
-        self._all.append(handle)
-        self._idle.put(handle)
-        return handle
+    def _open(self, connect: Callable[[Any], None]) -> None:
+        self._all.append(self._nbd.NBD())
+        connect(self._all[-1])
+        self._idle.put(self._all[-1])
 
     def write(self, view: memoryview, offset: int) -> None:
         self._call(offset, lambda handle: handle.pwrite(view, offset))
@@ -147,13 +148,24 @@ class NbdTarget:
 
     def close(self) -> None:
         """Disconnect; waits for the end of a server that was started for this."""
-        for handle in self._all:
-            try:
-                handle.shutdown()
-            except self._nbd.Error:
-                continue  # the connection is dead already
-        self._all.clear()
         self._idle = SimpleQueue()
+        try:
+            # The first handle last: when it goes, libnbd waits for the server that it started,
+            # which in turn waits for the end of all the other connections.
+            while self._all:
+                with suppress(self._nbd.Error):  # the connection may be dead already
+                    self._all[-1].shutdown()
+                self._all.pop()
+        except BaseException:
+            self._kill_server()
+            raise
+
+    def _kill_server(self) -> None:
+        """End a server that was started for this, where an interrupt may have left handles behind
+        that nobody closes in order."""
+        with suppress(self._nbd.Error):  # there is none
+            for handle in self._all[:1]:
+                handle.kill_subprocess(signal.SIGKILL)
 
     def _call(self, offset: int, do: Callable[[Any], None]) -> None:
         handle = self._idle.get()

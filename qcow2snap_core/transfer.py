@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Final, NamedTuple, Protocol
 
 from .disk import ALLOCATED, Disk, Extent, RawLayer
+from .interrupts import check
 from .progress import Advance
 from .storage import Buffer
 from .targets import Target
@@ -25,6 +26,8 @@ THREADS: Final = min(8, max(2, os.cpu_count() or 1))
 # The largest cluster: no compressed one is then decoded for two pieces.
 _PIECE: Final = 2 << 20
 _ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
+
+_PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
 class Source(Protocol):
@@ -59,6 +62,7 @@ def count(plan: Plan) -> Amount:
     """Go through a plan without reading data.  Raises what the tables' damage raises."""
     data = zeros = 0
     for extent in plan():
+        check()
         if extent.type == ALLOCATED:
             data += extent.length
         else:
@@ -93,7 +97,8 @@ def transfer(source: Source, plan: Plan, target: Target, advance: Advance) -> No
     """Write the plan's ranges of the source to the target, and zeros where it says so.
 
     ``advance`` hears of data alone, since zeros take no time worth showing.
-    The first error of any thread ends it and is raised; so does Ctrl-C.
+    The first error of any thread ends it and is raised; so does Ctrl-C
+    (:mod:`.interrupts`).
     """
     pieces = _Pieces(plan())
 
@@ -111,7 +116,11 @@ def transfer(source: Source, plan: Plan, target: Target, advance: Advance) -> No
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             futures = [pool.submit(work) for _ in range(THREADS)]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            running = True
+            while running:
+                check()
+                done, pending = wait(futures, _PATIENCE, return_when=FIRST_EXCEPTION)
+                running = bool(pending) and not any(f.exception() for f in done)
         finally:
             pieces.stop()  # leaving the block waits for what each is doing now
     for future in done:

@@ -12,8 +12,8 @@ import argparse
 
 from ..backup import copy
 from ..errors import escaped
+from ..interrupts import deferred
 from .common import add_image_options, disk_named, open_from
-from .running import terminate_as_interrupt
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -29,8 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminate_as_interrupt()
-    with open_from(args) as image:
+    with open_from(args) as image, deferred():
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)
         done = copy(image, new, args.target, since, args.in_place)

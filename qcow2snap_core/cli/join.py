@@ -10,8 +10,9 @@ import argparse
 
 from ..chains import join
 from ..errors import escaped
+from ..interrupts import deferred
 from .common import add_image_options, open_from
-from .running import terminate_as_interrupt, warn
+from .running import warn
 
 HELP = "an external chain to one image with internal snapshots"
 EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"
@@ -24,8 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminate_as_interrupt()
-    with open_from(args) as image:
+    with open_from(args) as image, deferred():
         names = join(image, args.out, warn)
     print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")
     return 0

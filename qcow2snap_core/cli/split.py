@@ -14,8 +14,9 @@ import os
 
 from ..chains import split
 from ..errors import escaped
+from ..interrupts import deferred
 from .common import add_image_options, open_from
-from .running import terminate_as_interrupt, warn
+from .running import warn
 
 HELP = "internal snapshots to an external chain"
 EXAMPLE = "qcow2snap split disk.qcow2 chain/"
@@ -28,8 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminate_as_interrupt()
-    with open_from(args) as image:
+    with open_from(args) as image, deferred():
         for name in split(image, args.outdir, warn):
             print(escaped(os.path.join(args.outdir, name)))
     return 0

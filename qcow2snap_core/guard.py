@@ -8,10 +8,12 @@ snapshot is still listed *after* the data was read, the data was the snapshot's.
 "Still listed" has to mean this one: a snapshot that was deleted and taken again can get the same
 count and offset in the header, the same place in the table, ID, name and even L1 offset.  Its
 time to the nanosecond and its VM clock differ.  Hence the two small reads of the usual case, the
-header's twelve bytes and then the entry, both compared as bytes.  The header comes first: if it
-was still the old one, the old table was still in force when the data was read, whatever the
-entry's place holds by now; and if it is a new one that looks the same, the entry read after it
-is the new one.
+header's twelve bytes and then the table from its start to the entry's end, both compared as
+bytes.  The header comes first: if it was still the old one, the old table was still in force
+when the data was read, whatever the table's place holds by now; and if it is a new one that looks
+the same, the table read after it is the new one.  Not the entry alone: QEMU clears nothing behind
+a table, so a shorter one with as many entries, put where the old one was, leaves old entries
+standing behind its end.
 
 When either differs, the table is read again and the snapshot looked up by its identity.
 docs/live.md has the whole argument.
@@ -25,7 +27,7 @@ from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, shown
-from .snapshots import Snapshot, date, read_table_once
+from .snapshots import Sighting, Snapshot, date, read_table_once
 from .storage import Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -61,16 +63,16 @@ class SnapshotGuard:
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
-        self._seen = snapshot.sighting
+        self._seen = _in_force(snapshot.sighting)
         self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
 
     def check(self) -> None:
         if self._gone is None:
-            fields, offset, entry = self._seen
+            fields, offset, table = self._seen
             read = self._storage.read
             if (
                 read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET) == fields
-                and read(len(entry), offset) == entry
+                and read(len(table), offset) == table
             ):
                 return
         self._look_again()
@@ -86,7 +88,7 @@ class SnapshotGuard:
                 if not table.torn:
                     for snapshot in table.snapshots:
                         if snapshot.identity == self._identity:
-                            self._seen = snapshot.sighting
+                            self._seen = _in_force(snapshot.sighting)
                             return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
@@ -104,3 +106,8 @@ class SnapshotGuard:
                 f"cannot tell whether {self._described} is still in {shown(self._storage.path)}: "
                 f"{why}"
             )
+
+
+def _in_force(sighting: Sighting) -> tuple[bytes, int, bytes]:
+    """What must still be there: the header's fields; the table's offset and first bytes."""
+    return sighting.fields, sighting.offset, sighting.table_so_far

@@ -40,8 +40,19 @@ class Sighting(NamedTuple):
     """Where in the file an entry was seen, and what exactly was there."""
 
     fields: bytes  # the header's twelve bytes that led to its table
-    offset: int  # host offset of the entry
-    entry: bytes
+    offset: int  # host offset of the table
+    start: int  # of the entry in the table
+    end: int  # without the padding
+    table: bytearray  # shared by all its entries; goes on growing while it is parsed
+
+    @property
+    def entry(self) -> bytes:
+        return bytes(self.table[self.start : self.end])
+
+    @property
+    def table_so_far(self) -> bytes:
+        """The table up to the entry's end: what proves that the entry is one of its entries."""
+        return bytes(self.table[: self.end])
 
 
 @dataclass(frozen=True)
@@ -148,20 +159,20 @@ class _Reader:
         self._storage = storage
         self._fields = fields
         self._active_size = int.from_bytes(storage.read(8, q.SIZE_OFFSET), "big")
-        self._start = self._base = offset
-        self._data = b""
+        self._offset = offset
+        self._table = bytearray()
         self._at = 0
 
     def entry(self) -> Snapshot:
-        offset = self._base + self._at
+        start = self._at
         head = self._take(q.SNAPSHOT_HEAD_LENGTH)
         h = q.parse_snapshot_head(head)
         extra = self._take(h.extra_data_size)
         id_str = self._take(h.id_str_size)
         name = self._take(h.name_size)
-        length = self._base + self._at - offset
+        end = self._at
         # The next entry is aligned to eight bytes; the last one's padding may be missing.
-        self._at += -length % 8
+        self._at += -end % 8
         icount = _number(extra[q.EXTRA_ICOUNT])
         vm_state_size = _number(extra[q.EXTRA_VM_STATE_SIZE])
         disk_size = _number(extra[q.EXTRA_DISK_SIZE])
@@ -176,20 +187,22 @@ class _Reader:
             icount=None if icount == q.ICOUNT_NONE else icount,
             l1_table_offset=h.l1_table_offset,
             l1_size=h.l1_size,
-            sighting=Sighting(self._fields, offset, head + extra + id_str + name),
+            sighting=Sighting(self._fields, self._offset, start, end, self._table),
         )
 
     def _take(self, length: int) -> bytes:
-        if self._at + length > len(self._data):
-            self._base += self._at
-            if self._base + length - self._start > q.MAX_SNAPSHOT_TABLE_BYTES:
-                raise ImageError("lies past the 64 MiB that a snapshot table may take")
-            self._data = self._storage.read(max(self._PIECE, length), self._base)
-            self._at = 0
-            if len(self._data) < length:
-                raise ImageError(f"at host offset {self._base:#x} lies past the end of the file")
-        self._at += length
-        return self._data[self._at - length : self._at]
+        start, self._at = self._at, self._at + length
+        if self._at > q.MAX_SNAPSHOT_TABLE_BYTES:
+            raise ImageError("lies past the 64 MiB that a snapshot table may take")
+        have = len(self._table)
+        if have < self._at:
+            self._table += self._storage.read(
+                max(self._PIECE, self._at - have), self._offset + have
+            )
+            if len(self._table) < self._at:
+                where = self._offset + start
+                raise ImageError(f"at host offset {where:#x} lies past the end of the file")
+        return bytes(self._table[start : self._at])
 
 
 def _number(field: bytes) -> int | None:

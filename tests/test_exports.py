@@ -25,7 +25,7 @@ def snapshot(id_, name, vm_state_size=0):
         icount=None,
         l1_table_offset=0x30000,
         l1_size=1,
-        sighting=Sighting(b"", 0, b""),
+        sighting=Sighting(b"", 0, 0, 0, bytearray()),
     )
 
 

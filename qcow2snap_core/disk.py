@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from . import ondisk as q
 from .clusters import Clusters, fill_zeros
 from .errors import Error, ImageError, StorageError
 from .guard import Guard
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
 from .storage import Buffer, Storage
 
 if TYPE_CHECKING:
@@ -46,38 +47,40 @@ class Layer(Protocol):
     """What can lie below: a raw file, or another qcow2 file's active disk."""
 
     size: int
-    depth: int  #: how many layers there are from here down
 
-    def fill(self, view: memoryview, offset: int) -> None:
+    def fill(self, view: memoryview, offset: int, work: Work) -> None:
         """Fill the view; the range lies inside the layer.  Raises ImageError, StorageError."""
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
-        """The range, lazily; merging is up to the caller."""
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
+        """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
 
 
 class RawLayer:
     """A raw backing file: its bytes are the disk's, its holes are zeros."""
 
-    depth = 1
-
     def __init__(self, storage: Storage) -> None:
         self.size = storage.size()
         self._storage = storage
 
-    def fill(self, view: memoryview, offset: int) -> None:
+    def fill(self, view: memoryview, offset: int, work: Work) -> None:
         got = self._storage.read_into(view, offset)
         if got < len(view):
             raise StorageError(
                 f"{self._storage.path} ended at {offset + got:#x}, it has {self.size} bytes no more"
             )
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         for start, n, hole in self._storage.holes(offset, length):
             yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
+            if work is not None:
+                work.left -= 1
+                if work.left < 0:
+                    return
 
 
-# How many look-ups one request for extents may cost, over all layers: well under a second.
-_MOST_PIECES: Final = 1 << 17
+# A client that asks to have data prefetched need not get all of it.
+_MOST_PREFETCHED: Final = 32 << 20
+_MOST_PREFETCHED_RUNS: Final = 4096
 _BATCH: Final = 4096
 
 
@@ -98,7 +101,6 @@ class Disk:
         self.name = name
         self.size = size
         self.cluster_size = mapping.cluster_size
-        self.depth = 1 + (below.depth if below else 0)
         self._mapping = mapping
         self._clusters = clusters
         self._guard = guard
@@ -140,7 +142,7 @@ class Disk:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
-        pieces = islice(self.checked_pieces(offset, length), _MOST_PIECES // self.depth)
+        pieces = self.checked_pieces(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
         last: Extent | None = None
         for start, n, kind, _ in pieces:
             if last is not None and last.type == kind:
@@ -152,9 +154,9 @@ class Disk:
         if last is not None:
             yield last
 
-    def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
+    def checked_pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         """As :meth:`pieces`, with the guard asked before any of them is handed out."""
-        pieces = self.pieces(offset, length)
+        pieces = self.pieces(offset, length, work)
         while True:
             try:
                 batch = list(islice(pieces, _BATCH))
@@ -169,7 +171,9 @@ class Disk:
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
-            for kind, host, guest, n in self._mapping.runs(self._base + offset, length):
+            length = min(length, _MOST_PREFETCHED)
+            work = Work(_MOST_PREFETCHED_RUNS)
+            for kind, host, guest, n in self._mapping.runs(self._base + offset, length, work):
                 if kind == DATA:
                     self._clusters.will_need(host, n)
                 elif kind == COMPRESSED:
@@ -185,13 +189,13 @@ class Disk:
 
     # --- What a layer does (class Layer) ---
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        self._fill(view, offset)
+    def fill(self, view: memoryview, offset: int, work: Work) -> None:
+        self._fill(view, offset, work)
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         if not length:
             return
-        for kind, host, guest, n in self._runs(offset, length):
+        for kind, host, guest, n in self._runs(offset, length, work):
             start = guest - self._base
             if kind in (DATA, COMPRESSED):
                 try:
@@ -204,16 +208,20 @@ class Disk:
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
-                    for piece in self._below.pieces(start, inside):
+                    for piece in self._below.pieces(start, inside, work):
                         yield piece._replace(host=None)
+                    if work is not None and work.left < 0:
+                        return
                 if inside < n:
                     yield Piece(start + inside, n - inside, HOLE_ZERO, None)
 
     # --- Inside ---
 
-    def _fill(self, buffer: Buffer, offset: int) -> None:
+    def _fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         length = len(buffer)
         guest = self._base + offset
+        if work is not None:
+            work.left -= 1
         try:
             kind, host, n = self._mapping.run(guest, length)
             if kind == DATA and n == length:
@@ -222,7 +230,8 @@ class Disk:
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
         view = memoryview(buffer).cast("B")
-        for kind, host, guest, n in self._runs(offset, length):
+        work = work or Work(q.MAX_LOOKUPS)
+        for kind, host, guest, n in self._runs(offset, length, work):
             start = guest - self._base
             piece = view[start - offset : start - offset + n]
             try:
@@ -233,23 +242,30 @@ class Disk:
                     token = self._mapping.token
                     self._clusters.read_compressed(piece, host, token, guest - within, within)
                 elif kind == UNALLOCATED and self._below is not None:
-                    self._fill_from_below(piece, start, self._below)
+                    self._fill_from_below(piece, start, self._below, work)
                 else:
                     fill_zeros(piece)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
+        if work.left < 0:
+            raise ImageError(
+                f"{self.name}: a read at guest offset {offset:#x} takes more than "
+                f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
+            )
 
-    def _fill_from_below(self, view: memoryview, offset: int, below: Layer) -> None:
+    def _fill_from_below(self, view: memoryview, offset: int, below: Layer, work: Work) -> None:
         inside = max(0, min(len(view), below.size - offset))
         if inside:
-            below.fill(view[:inside], offset)
+            below.fill(view[:inside], offset, work)
         fill_zeros(view[inside:])
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    def _runs(
+        self, offset: int, length: int, work: Work | None
+    ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
         guest = self._base + offset
         try:
-            for run in self._mapping.runs(guest, length):
+            for run in self._mapping.runs(guest, length, work):
                 yield run
                 guest = run[2] + run[3]
         except (ImageError, StorageError) as e:

@@ -7,7 +7,7 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests
 
-.PHONY: help demo test check lint format deps deps-test clean
+.PHONY: help demo test check mutants fuzz lint format deps deps-test clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -15,6 +15,8 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
+	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
+	@echo "make fuzz            a minute of coverage-guided fuzzing, with atheris from PyPI in $(FUZZ)/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
@@ -37,6 +39,10 @@ test: lint check
 TESTS ?= tests
 check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
+
+COUNT ?= 20000
+mutants: deps-test
+	$(PYTHON) tests/support/mutants.py $(COUNT)
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

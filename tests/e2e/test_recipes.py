@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import struct
+import subprocess
 from pathlib import Path
 
+import nbd
 import pytest
 from support import qemu
 from support.documents import Section, run, sections
 from support.qemu import MiB
-from support.server import ROOT
+from support.server import ROOT, command
 
 SECTIONS = sections(ROOT / "docs" / "recipes.md")
 
@@ -52,6 +55,26 @@ def test_recipe(section: Section, image: Path, tmp_path: Path) -> None:
         pytest.skip(f"not here: {', '.join(missing)}")
     shutil.copy(image, tmp_path / "disk.qcow2")
     run(section, tmp_path)
+
+
+def test_it_serves_on_a_socket_that_it_is_handed(image: Path, tmp_path: Path) -> None:
+    # What systemd does: the socket is descriptor 3, and two variables say so.
+    with socket.socket(socket.AF_UNIX) as listening, open(tmp_path / "log", "wb") as log:
+        listening.bind(str(tmp_path / "nbd.sock"))
+        listening.listen()
+        script = f'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&{listening.fileno()}'
+        line = command(filters=("exitlast",), file=image)
+        process = subprocess.Popen(
+            ["bash", "-c", script, "-", *line], pass_fds=[listening.fileno()], stderr=log
+        )
+    try:
+        client = nbd.NBD()
+        client.connect_uri(f"nbd+unix:///nightly?socket={tmp_path}/nbd.sock")
+        assert client.get_size() == 64 * MiB
+        client.shutdown()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
 
 
 def test_the_runner_sees_other_output(tmp_path: Path) -> None:

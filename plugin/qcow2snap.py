@@ -9,6 +9,7 @@ qcow2snap_core, beside this folder in a checkout and among Python's packages whe
 import errno
 import os
 import sys
+import threading
 import traceback
 
 import nbdkit
@@ -32,6 +33,8 @@ MIN_PREFERRED = 4096
 
 _settings = Settings()
 _image: Image
+# A table of 65,536 snapshots takes some 50 MiB in memory: for one new connection, not for each.
+_one_at_a_time = threading.Lock()
 _pinned: tuple[Snapshot, Disk] | None = None  # with snapshot=; the disk keeps its caches warm
 
 # nbdkit prints what this function returns for an exception.  Ours are written for users and are
@@ -86,11 +89,13 @@ def _snapshots():
 
 
 def list_exports(readonly, is_tls):
-    return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
+    with _one_at_a_time:
+        return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
 
 
 def default_export(readonly, is_tls):
-    return default(exports_of(_snapshots())) or ""
+    with _one_at_a_time:
+        return default(exports_of(_snapshots())) or ""
 
 
 class Connection:
@@ -109,8 +114,11 @@ def open(readonly):  # noqa: A001 (nbdkit's name)
         name = nbdkit.export_name()
     except UnicodeDecodeError:
         raise UsageError("a client asked for an export name that is not UTF-8") from None
-    snapshots = _snapshots()
-    return Connection(find(exports_of(snapshots), snapshots, name))
+    with _one_at_a_time:
+        snapshots = _snapshots()
+        export = find(exports_of(snapshots), snapshots, name)
+        del snapshots
+    return Connection(export)
 
 
 def export_description(h):

@@ -150,9 +150,9 @@ class _Check:
         if table.damage:
             self._found(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
         if table.snapshots:
-            first = table.snapshots[0].sighting.offset
-            last = table.snapshots[-1].sighting
-            self._claim("the snapshot table", first, last.offset + len(last.entry) - first)
+            first = table.snapshots[0].entry_offset
+            last = table.snapshots[-1]
+            self._claim("the snapshot table", first, last.entry_offset + last.entry_length - first)
         for snapshot in table.snapshots:
             try:
                 owner = _Owner(snapshot.id, self._image.disk(snapshot))

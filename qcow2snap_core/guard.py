@@ -27,8 +27,8 @@ from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, shown
-from .snapshots import Sighting, Snapshot, date, read_table_once
-from .storage import Pieces, Storage
+from .snapshots import Proof, Snapshot, date, read_table_once
+from .storage import Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -63,26 +63,28 @@ class SnapshotGuard:
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
-        self._seen = _in_force(snapshot.sighting)
+        self._proof: Proof | None = None
         self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
 
     def check(self) -> None:
-        if self._gone is not None or not self._storage.holds(self._seen):
-            self._look_again()
+        proof = self._proof
+        if self._gone is None and proof is not None and proof.holds(self._storage):
+            return
+        self._look_again()
 
     def _look_again(self) -> None:
         """Find the snapshot where it is now, or make sure that it is nowhere."""
         with self._lock:
             missing = damaged = 0
+            stop = time.thread_time() + q.MAX_TABLE_SECONDS
             for _ in range(_ATTEMPTS):
                 if self._gone is not None:
                     raise SnapshotGone(self._gone)
-                table = read_table_once(self._storage)
+                table = read_table_once(self._storage, self._identity)
                 if not table.torn:
-                    for snapshot in table.snapshots:
-                        if snapshot.identity == self._identity:
-                            self._seen = _in_force(snapshot.sighting)
-                            return
+                    if table.proof is not None:
+                        self._proof = table.proof
+                        return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
                     if missing == _MISSING_FOR:
@@ -93,17 +95,11 @@ class SnapshotGuard:
                         continue
                     if damaged == _ATTEMPTS_DAMAGED:
                         break
+                if time.thread_time() > stop and not missing:
+                    break
                 time.sleep(_PAUSE)
             why = f"the table is damaged, {table.damage}" if damaged else "the table never settles"
             raise ImageError(
                 f"cannot tell whether {self._described} is still in {shown(self._storage.path)}: "
                 f"{why}"
             )
-
-
-def _in_force(sighting: Sighting) -> Pieces:
-    """What must still be there: the header's fields first, then the table up to the entry."""
-    return (
-        (sighting.fields, q.SNAPSHOT_FIELDS_OFFSET),
-        (sighting.table_so_far, sighting.offset),
-    )

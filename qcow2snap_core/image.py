@@ -65,6 +65,7 @@ class Image:
         self.path = storage.path
         self.storage = storage
         self._shared = shared
+        self._known_damage: tuple[bytes, str | None] | None = None
         self._disks: WeakValueDictionary[tuple[Identity, bool], Disk] = WeakValueDictionary()
         layer = _enter_chain(storage, shared)
         self.header: Final[Header] = read_header(storage)
@@ -86,7 +87,8 @@ class Image:
 
     def table(self) -> Table:
         """The snapshot table that the file has now."""
-        table = read_table(self.storage)
+        table = read_table(self.storage, self._known_damage)
+        self._known_damage = table.fields, table.damage
         if self.header.has_data_file and not table.snapshots:
             return replace(table, note="QEMU keeps none in an image with an external data file")
         return table

@@ -11,14 +11,16 @@ believed to be damaged.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .errors import ImageError, UsageError, shown
-from .storage import Storage
+from .storage import Pieces, Storage
 
 
 class Identity(NamedTuple):
@@ -36,32 +38,8 @@ class Identity(NamedTuple):
     l1_size: int
 
 
-class Sighting(NamedTuple):
-    """Where in the file an entry was seen, and what exactly was there."""
-
-    fields: bytes  # the header's twelve bytes that led to its table
-    offset: int  # host offset of the table
-    start: int  # of the entry in the table
-    end: int  # without the padding
-    table: bytearray  # shared by all its entries; goes on growing while it is parsed
-
-    @property
-    def entry_offset(self) -> int:
-        return self.offset + self.start
-
-    @property
-    def entry(self) -> bytes:
-        return bytes(self.table[self.start : self.end])
-
-    @property
-    def table_so_far(self) -> bytes:
-        """The table up to the entry's end: what proves that the entry is one of its entries."""
-        return bytes(self.table[: self.end])
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One entry of the table; sizes in bytes."""
+class Snapshot(NamedTuple):
+    """One entry of the table; sizes in bytes.  A tuple, because a table may have 65,536."""
 
     id: str
     name: str  # not UTF-8: surrogateescape
@@ -73,7 +51,9 @@ class Snapshot:
     icount: int | None
     l1_table_offset: int
     l1_size: int  # entries
-    sighting: Sighting = field(repr=False)
+    entry_offset: int  # host offset of the entry itself
+    entry_length: int  # without the padding
+    extra_data_size: int
 
     @property
     def identity(self) -> Identity:
@@ -88,6 +68,31 @@ class Snapshot:
         )
 
 
+_PIECE: Final = 64 << 10  # of a table: its length is nowhere written
+_KEPT_WHOLE: Final = 16 << 10  # a longer start of a table is known by its hash
+
+
+class Proof(NamedTuple):
+    """What a table was from its start to the end of one entry: while that is still there and
+    the header points to it, the entry is one of its entries."""
+
+    pieces: Pieces  # the header's twelve bytes that led to the table; then the table itself,
+    digest: bytes | None  # or its hash where it is too long to be kept for every reader
+    offset: int  # host offset of the table
+    length: int
+
+    def holds(self, storage: Storage) -> bool:
+        """Whether the file still says so; the header is read first."""
+        if not storage.holds(self.pieces):
+            return False
+        if self.digest is None:
+            return True
+        found = hashlib.blake2b()
+        for at in range(0, self.length, _PIECE):
+            found.update(storage.read(min(_PIECE, self.length - at), self.offset + at))
+        return found.digest() == self.digest
+
+
 @dataclass(frozen=True)
 class Table:
     """The snapshot table at one moment."""
@@ -96,6 +101,8 @@ class Table:
     damage: str | None  # why the entries after these could not be read
     torn: bool = False  # the header changed meanwhile: do not believe it
     note: str = ""  # why there are none
+    fields: bytes = field(default=b"", repr=False, compare=False)  # that led to it
+    proof: Proof | None = field(default=None, repr=False)  # of the one that was looked for
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -103,27 +110,34 @@ _ATTEMPTS: Final = 20
 _PAUSE: Final = 0.005
 
 
-def read_table(storage: Storage) -> Table:
+def read_table(storage: Storage, known: tuple[bytes, str | None] | None = None) -> Table:
     """The table as the file has it now, read again while QEMU is changing it.
 
-    A table that stays damaged is returned with the entries before the damage.
+    A table that stays damaged is returned with the entries before the damage; at once if fields
+    and damage are the ``known`` ones.
     Raises StorageError when the disk fails, ImageError when the header never settles.
     """
+    stop = time.thread_time() + q.MAX_TABLE_SECONDS
     for _ in range(_ATTEMPTS):
         table = read_table_once(storage)
-        if not table.torn and table.damage is None:
+        if not table.torn and (table.damage is None or (table.fields, table.damage) == known):
             return table
+        if time.thread_time() > stop:
+            break
         time.sleep(_PAUSE)
     if table.torn:
         raise ImageError(f"{shown(storage.path)}: the snapshot table changes too fast to be read")
     return table
 
 
-def read_table_once(storage: Storage) -> Table:
-    """One try; the caller looks at ``torn`` and ``damage``."""
+def read_table_once(storage: Storage, wanted: Identity | None = None) -> Table:
+    """One try; the caller looks at ``torn`` and ``damage``.
+
+    With a wanted snapshot the table goes no further than that one and has no other.
+    """
     before = read_fields(storage)
-    snapshots, damage = _parse(storage, before)
-    return Table(snapshots, damage, torn=read_fields(storage) != before)
+    table = _parse(storage, before, wanted)
+    return replace(table, fields=before, torn=read_fields(storage) != before)
 
 
 def read_fields(storage: Storage) -> bytes:
@@ -131,90 +145,132 @@ def read_fields(storage: Storage) -> bytes:
     return storage.read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET)
 
 
-def _parse(storage: Storage, fields: bytes) -> tuple[tuple[Snapshot, ...], str | None]:
+def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
     """The entries that can be parsed, and what is wrong with the next one."""
     if len(fields) < q.SNAPSHOT_FIELDS_LENGTH:
-        return (), "the file ends inside the header"
+        return Table((), "the file ends inside the header")
     where = q.parse_snapshot_fields(fields)
-    if not where.nb_snapshots:
-        return (), None
-    if where.nb_snapshots > q.MAX_SNAPSHOTS:
-        return (), f"it has {where.nb_snapshots} entries, more than {q.MAX_SNAPSHOTS}"
-    if where.snapshots_offset < q.HEADER_V2_LENGTH or where.snapshots_offset % q.SECTOR:
-        return (), f"its offset {where.snapshots_offset:#x} is not one of a cluster"
-    if where.snapshots_offset >= storage.size():
-        return (), f"its offset {where.snapshots_offset:#x} lies past the end of the file"
-    reader = _Reader(storage, fields, where.snapshots_offset)
+    count, offset = where.nb_snapshots, where.snapshots_offset
+    if not count:
+        return Table((), None)
+    if count > q.MAX_SNAPSHOTS:
+        return Table((), f"it has {count} entries, more than {q.MAX_SNAPSHOTS}")
+    active = storage.read(q.ACTIVE_LENGTH, q.ACTIVE_OFFSET)
+    bits = int.from_bytes(active[:4], "big")
+    if not offset or offset % (1 << max(q.MIN_CLUSTER_BITS, min(bits, q.MAX_CLUSTER_BITS))):
+        return Table((), f"its offset {offset:#x} is not one of a cluster")
+    if offset >= storage.size():
+        return Table((), f"its offset {offset:#x} lies past the end of the file")
+    reader = _Reader(storage, offset, int.from_bytes(active[4:], "big"))
     found: list[Snapshot] = []
-    for number in range(where.nb_snapshots):
+    for number in range(count):
         try:
-            found.append(reader.entry())
+            snapshot = reader.entry()
         except ImageError as e:
-            return tuple(found), f"entry {number + 1} of {where.nb_snapshots} {e}"
-    return tuple(found), None
+            return Table(tuple(found), f"entry {number + 1} of {count} {e}")
+        if wanted is None:
+            found.append(snapshot)
+        elif snapshot.identity == wanted:
+            return Table((snapshot,), None, proof=reader.proof(fields))
+    return Table(tuple(found), None)
 
 
 class _Reader:
-    """Walks the entries, reading ahead a piece at a time: the table's length is nowhere written."""
+    """Walks the entries, reading ahead a piece at a time and keeping none of it."""
 
-    _PIECE: Final = 64 << 10
-
-    def __init__(self, storage: Storage, fields: bytes, offset: int) -> None:
+    def __init__(self, storage: Storage, offset: int, active_size: int) -> None:
         self._storage = storage
-        self._fields = fields
-        self._active_size = int.from_bytes(storage.read(8, q.SIZE_OFFSET), "big")
+        self._active_size = active_size
         self._offset = offset
-        self._table = bytearray()
-        self._at = 0
+        self._gone = 0  # bytes of the table that were dropped,
+        self._digest = hashlib.blake2b()  # and their hash
+        self._data = b""  # what follows them
+        self._at = 0  # in the data
+        self._first = b""
+        self._end = 0  # of the last entry, in the table
+        self._text = 0  # bytes of memory that IDs and names take
 
     def entry(self) -> Snapshot:
-        start = self._at
-        head = self._take(q.SNAPSHOT_HEAD_LENGTH)
-        h = q.parse_snapshot_head(head)
-        extra = self._take(h.extra_data_size)
-        id_str = self._take(h.id_str_size)
-        name = self._take(h.name_size)
-        end = self._at
+        start = self._gone + self._at
+        (
+            l1_table_offset,
+            l1_size,
+            id_size,
+            name_size,
+            date_sec,
+            date_nsec,
+            vm_clock_nsec,
+            vm_state_size,
+            extra_size,
+        ) = q.unpack_snapshot_head(self._take(q.SNAPSHOT_HEAD_LENGTH))
+        if extra_size > q.MAX_EXTRA_DATA_BYTES:
+            raise ImageError(
+                f"has {extra_size} bytes of extra data, more than {q.MAX_EXTRA_DATA_BYTES}"
+            )
+        extra = self._take(extra_size)
+        id_str = self._take(id_size).decode("utf-8", "surrogateescape")
+        name = self._take(name_size).decode("utf-8", "surrogateescape")
+        self._text += sys.getsizeof(id_str) + sys.getsizeof(name)
+        if self._text > q.MAX_SNAPSHOT_TEXT_BYTES:
+            raise ImageError("has an ID and a name that are too long, with those before it")
+        self._end = self._gone + self._at
         # The next entry is aligned to eight bytes; the last one's padding may be missing.
-        self._at += -end % 8
+        self._at += (start - self._end) % 8
         icount = _number(extra[q.EXTRA_ICOUNT])
-        vm_state_size = _number(extra[q.EXTRA_VM_STATE_SIZE])
+        large_vm_state_size = _number(extra[q.EXTRA_VM_STATE_SIZE])
         disk_size = _number(extra[q.EXTRA_DISK_SIZE])
         return Snapshot(
-            id=_text(id_str),
-            name=_text(name),
-            date_sec=h.date_sec,
-            date_nsec=h.date_nsec,
-            vm_clock_nsec=h.vm_clock_nsec,
-            vm_state_size=h.vm_state_size if vm_state_size is None else vm_state_size,
-            disk_size=self._active_size if disk_size is None else disk_size,
-            icount=None if icount == q.ICOUNT_NONE else icount,
-            l1_table_offset=h.l1_table_offset,
-            l1_size=h.l1_size,
-            sighting=Sighting(self._fields, self._offset, start, end, self._table),
+            id_str,
+            name,
+            date_sec,
+            date_nsec,
+            vm_clock_nsec,
+            vm_state_size if large_vm_state_size is None else large_vm_state_size,
+            self._active_size if disk_size is None else disk_size,
+            None if icount == q.ICOUNT_NONE else icount,
+            l1_table_offset,
+            l1_size,
+            self._offset + start,
+            self._end - start,
+            extra_size,
         )
 
+    def proof(self, fields: bytes) -> Proof:
+        """Of the table up to the last entry's end."""
+        header = fields, q.SNAPSHOT_FIELDS_OFFSET
+        if self._end <= _KEPT_WHOLE:
+            table = self._first[: self._end], self._offset
+            return Proof((header, table), None, self._offset, self._end)
+        digest = self._digest.copy()
+        digest.update(self._data[: self._end - self._gone])
+        return Proof((header,), digest.digest(), self._offset, self._end)
+
     def _take(self, length: int) -> bytes:
-        start, self._at = self._at, self._at + length
-        if self._at > q.MAX_SNAPSHOT_TABLE_BYTES:
+        if self._at + length > len(self._data):
+            self._read_on(length)
+        self._at += length
+        return self._data[self._at - length : self._at]
+
+    def _read_on(self, length: int) -> None:
+        start = self._gone + self._at
+        if start + length > q.MAX_SNAPSHOT_TABLE_BYTES:
             raise ImageError("lies past the 64 MiB that a snapshot table may take")
-        have = len(self._table)
-        if have < self._at:
-            self._table += self._storage.read(
-                max(self._PIECE, self._at - have), self._offset + have
+        used = min(self._at, len(self._data))  # less where an entry's padding is still to come
+        self._digest.update(self._data[:used])
+        rest = self._data[used:]
+        self._gone += used
+        self._at -= used
+        want = max(_PIECE, self._at + length - len(rest))
+        self._data = rest + self._storage.read(want, self._offset + self._gone + len(rest))
+        self._first = self._first or self._data[:_KEPT_WHOLE]
+        if len(self._data) < self._at + length:
+            raise ImageError(
+                f"at host offset {self._offset + start:#x} lies past the end of the file"
             )
-            if len(self._table) < self._at:
-                where = self._offset + start
-                raise ImageError(f"at host offset {where:#x} lies past the end of the file")
-        return bytes(self._table[start : self._at])
 
 
 def _number(field: bytes) -> int | None:
     return int.from_bytes(field, "big") if len(field) == 8 else None
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
 
 
 class Choice(NamedTuple):

@@ -220,8 +220,8 @@ def _l1_clusters(snapshots: Sequence[Snapshot], cluster: int) -> list[int]:
 
 def _table_clusters(snapshots: Sequence[Snapshot], cluster: int) -> list[int]:
     """The clusters by which the snapshot table shrinks when QEMU writes it without each one."""
-    now = sum(_padded(len(s.sighting.entry)) for s in snapshots)
-    rewritten = [_padded(_rewritten(s.sighting.entry)) for s in snapshots]
+    now = sum(_padded(s.entry_length) for s in snapshots)
+    rewritten = [_padded(_rewritten(s)) for s in snapshots]
     rest = sum(rewritten)
     return [-(-now // cluster) - -(-(rest - gone) // cluster) for gone in rewritten]
 
@@ -231,8 +231,7 @@ def _padded(length: int) -> int:
     return -(-length // 8) * 8
 
 
-def _rewritten(entry: bytes) -> int:
+def _rewritten(s: Snapshot) -> int:
     """How long QEMU makes an entry when it writes it again: with all the extra data it knows."""
-    extra: int = q.parse_snapshot_head(entry).extra_data_size
     known: int = q.EXTRA_ICOUNT.stop
-    return len(entry) - extra + max(extra, known)
+    return s.entry_length + max(0, known - s.extra_data_size)

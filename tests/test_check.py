@@ -198,7 +198,7 @@ def test_leaks_are_no_damage(disk: Path) -> None:
 def test_tables_on_one_another(disk: Path) -> None:
     """The snapshot's L1 table is said to be where the refcount table is."""
     snapshot = qemu.snapshots(disk)["two"]
-    damage.put64(disk, snapshot.sighting.entry_offset, qemu.field64(disk, 48))
+    damage.put64(disk, snapshot.entry_offset, qemu.field64(disk, 48))
     findings = found(disk)
     assert OVERLAP in {f.problem for f in findings}
 

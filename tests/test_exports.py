@@ -8,7 +8,7 @@ import pytest
 
 from qcow2snap_core.errors import UsageError
 from qcow2snap_core.exports import default, exports_of, find
-from qcow2snap_core.snapshots import Sighting, Snapshot
+from qcow2snap_core.snapshots import Snapshot
 
 MiB, GiB = 1 << 20, 1 << 30
 
@@ -25,7 +25,7 @@ def snapshot(id_, name, vm_state_size=0):
         icount=None,
         l1_table_offset=0x30000,
         l1_size=1,
-        sighting=Sighting(b"", 0, 0, 0, bytearray()),
+        entry_offset=0x50000,
     )
 
 

@@ -97,7 +97,7 @@ def test_one_taken_again_under_its_name_is_another(path, disk, between):
 
 def test_one_that_differs_in_its_time_alone_is_another(path, disk):
     """Count, offset, ID, name, clusters: all the same, as happens in every fourth try."""
-    offset = snapshots(path)["served"].sighting.entry_offset
+    offset = snapshots(path)["served"].entry_offset
     assert_served(disk)
     nsec = field64(path, offset + 16) & 0xFFFFFFFF
     patch(path, offset + 20, struct.pack(">I", nsec ^ 1))
@@ -147,13 +147,13 @@ def test_an_old_entry_may_get_more_extra_data(tmp_path):
     take(path, "served")
     real = snapshots(path)["served"]
     old = Entry(b"2", b"served", real.l1_table_offset, real.l1_size)
-    patch(path, real.sighting.entry_offset, old.pack())
+    patch(path, real.entry_offset, old.pack())
     with qcow2snap_core.open(str(path)) as image:
         disk = image.snapshot("served")
-        before = len(snapshots(path)["served"].sighting.entry)
+        before = snapshots(path)["served"].entry_length
         assert disk.pread(512, 0) == b"\1" * 512
         take(path, "another")
-        assert len(snapshots(path)["served"].sighting.entry) > before
+        assert snapshots(path)["served"].entry_length > before
         assert disk.pread(512, 0) == b"\1" * 512
         delete(path, "served")
         with pytest.raises(SnapshotGone):
@@ -177,7 +177,7 @@ def test_a_header_that_is_whole_again_is_believed_again(path, disk, fields):
 
 
 def test_damage_behind_its_entry_does_not_matter(path, disk):
-    patch(path, snapshots(path)["after"].sighting.entry_offset + 36, b"\xff" * 4)
+    patch(path, snapshots(path)["after"].entry_offset + 36, b"\xff" * 4)
     assert_served(disk)
 
 

@@ -212,7 +212,7 @@ def test_any_part_of_its_identity_makes_it_another_snapshot(
     tmp_path: Path, field: str, other: bool
 ) -> None:
     path = image(tmp_path / "disk.qcow2", "nightly", "nightly2")
-    at = qemu.snapshots(path)["nightly"].sighting.entry_offset + damage.SNAPSHOT_FIELDS[field]
+    at = qemu.snapshots(path)["nightly"].entry_offset + damage.SNAPSHOT_FIELDS[field]
     with serve(file=path, snapshot="nightly") as server:
         assert opened(server) == 1
         last = qemu.peek(path, at, 1)[0]

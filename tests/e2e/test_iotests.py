@@ -93,7 +93,7 @@ def test_058_a_conversion_of_it_is_the_same(disk: Path, tmp_path: Path, pick: st
 
 def set_vm_state_size(path: Path, snapshot: str, size: int) -> None:
     """qemu-img records none for the VM state that qemu-io writes."""
-    entry = qemu.snapshots(path)[snapshot].sighting.entry_offset
+    entry = qemu.snapshots(path)[snapshot].entry_offset
     qemu.patch(path, entry + 32, struct.pack(">I", size & 0xFFFFFFFF))
     qemu.patch(path, entry + 40, struct.pack(">Q", size))
 

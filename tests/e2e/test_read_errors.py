@@ -204,7 +204,7 @@ def test_a_stream_may_end_inside_the_files_last_sector(disk: Path) -> None:
 
 def test_past_a_short_l1_table_is_unallocated(disk: Path) -> None:
     expected = qemu.content(disk, "plain")[: SIZE // 2] + bytes(SIZE // 2)
-    entry = qemu.snapshots(disk)["plain"].sighting.entry_offset
+    entry = qemu.snapshots(disk)["plain"].entry_offset
     qemu.patch(disk, entry + damage.SNAPSHOT_L1_SIZE, b"\0\0\0\1")
     with serve(file=disk) as server:
         assert server.copy("plain") == expected
@@ -217,7 +217,7 @@ def test_past_a_short_l1_table_is_unallocated(disk: Path) -> None:
 )
 def test_a_damaged_l1_table_refuses_that_snapshot_only(disk: Path, offset: int, said: str) -> None:
     expected = qemu.content(disk, "packed")
-    damage.put64(disk, qemu.snapshots(disk)["plain"].sighting.entry_offset, offset)
+    damage.put64(disk, qemu.snapshots(disk)["plain"].entry_offset, offset)
     with serve(file=disk) as server:
         with pytest.raises(nbd.Error):
             server.read("plain")

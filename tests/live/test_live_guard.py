@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import damage, qemu
 from support.devices import opened
 from support.guest import BLOCK, block
 from support.live import running
@@ -39,7 +39,14 @@ def named(storage: Storage, name: str) -> Snapshot:
 
 def place(s: Snapshot) -> tuple[object, ...]:
     """All that can be the same again."""
-    return s.sighting.fields, s.sighting.offset, s.sighting.start, s.id, s.name, s.l1_table_offset
+    return s.entry_offset, s.id, s.name, s.l1_table_offset
+
+
+def watching(storage: Storage, snapshot: Snapshot) -> SnapshotGuard:
+    """A guard that has seen its snapshot in the table."""
+    guard = SnapshotGuard(storage, snapshot)
+    guard.check()
+    return guard
 
 
 @pytest.fixture
@@ -159,7 +166,7 @@ def test_deleted_and_taken_again_at_the_same_place(path: Path) -> None:
         q.take("first")
         q.take("served")
         served = named(storage, "served")
-        guard = SnapshotGuard(storage, served)
+        guard = watching(storage, served)
         for _ in range(200):
             q.delete("served")
             for n in range(rng.randrange(3)):
@@ -181,20 +188,20 @@ def test_an_old_entry_left_standing_behind_a_shorter_table(path: Path) -> None:
         q.take("a long name" * 20)
         q.take("served")
         served = named(storage, "served")
-        guard = SnapshotGuard(storage, served)
+        guard = watching(storage, served)
+        fields, entry = read_fields(storage), damage.table_entry(path, served.entry_offset)
         q.delete("a long name" * 20)
         q.delete("served")
         for n in range(20):
             q.take(f"b{n}")
             q.take(f"c{n}")
-            if read_fields(storage) == served.sighting.fields:
+            if read_fields(storage) == fields:
                 break
             q.delete(f"b{n}")
             q.delete(f"c{n}")
         else:
             pytest.fail("the header never came back")
-        at = served.sighting.offset + served.sighting.start
-        assert storage.read(len(served.sighting.entry), at) == served.sighting.entry
+        assert damage.table_entry(path, served.entry_offset) == entry
         with pytest.raises(SnapshotGone):
             guard.check()
 
@@ -210,7 +217,7 @@ def test_a_header_half_old_and_half_new(path: Path, monkeypatch, half: str, chan
     for name in ("other", "served"):
         qemu.take(path, name)
     with opened(path) as storage:
-        guard = SnapshotGuard(storage, named(storage, "served"))
+        guard = watching(storage, named(storage, "served"))
         old = read_fields(storage)
         if change == "take":
             qemu.take(path, "third")
@@ -238,12 +245,12 @@ def test_the_old_table_is_zeros_while_the_header_is_old(path: Path, monkeypatch)
     with running(path, discard=True) as q, opened(path) as storage:
         q.take("served")
         served = named(storage, "served")
-        guard = SnapshotGuard(storage, served)
+        guard = watching(storage, served)
         places = []
 
         def take() -> None:
             q.take("another")
-            places.append(storage.read(40, served.sighting.offset))
+            places.append(storage.read(40, served.entry_offset))
 
         with monkeypatch.context() as patch:
             act(patch, take, after=lambda *read: read == HEADER_FIELDS)
@@ -261,14 +268,14 @@ def test_an_old_entry_that_qemu_upgrades(tmp_path: Path) -> None:
     with opened(path) as storage:
         real = named(storage, "served")
         old = Entry(b"1", b"served", real.l1_table_offset, real.l1_size, date=(5, 6))
-        qemu.patch(path, real.sighting.offset, old.pack())
+        qemu.patch(path, real.entry_offset, old.pack())
         served = named(storage, "served")
-        guard = SnapshotGuard(storage, served)
+        guard = watching(storage, served)
         with running(path) as q:
             q.take("another")
             guard.check()
             now = named(storage, "served")
-            assert len(now.sighting.entry) > len(served.sighting.entry)
+            assert len(damage.table_entry(path, now.entry_offset)) > len(old.pack())
             q.delete("served")
             with pytest.raises(SnapshotGone):
                 guard.check()
@@ -310,7 +317,7 @@ def test_a_table_that_stays_damaged_is_not_taken_for_a_deleted_snapshot(path: Pa
     """It may be repaired."""
     qemu.take(path, "served")
     with opened(path) as storage:
-        guard = SnapshotGuard(storage, named(storage, "served"))
+        guard = watching(storage, named(storage, "served"))
         fields = read_fields(storage)
         qemu.patch(path, 60, struct.pack(">IQ", 1, 1 << 40))
         with pytest.raises(ImageError, match="cannot tell whether snapshot 1 'served' .* is still"):
@@ -323,7 +330,7 @@ def test_a_deleted_snapshot_is_gone_for_all_its_readers_and_for_good(path: Path)
     qemu.take(path, "served")
     whole = path.read_bytes()
     with opened(path) as storage:
-        guard = SnapshotGuard(storage, named(storage, "served"))
+        guard = watching(storage, named(storage, "served"))
         qemu.delete(path, "served")
         said: list[str] = []
 

@@ -69,13 +69,20 @@ def rename(path: Path, names: dict[str, bytes]) -> None:
     table = b""
     found = qemu.snapshots(path)
     for name, snapshot in found.items():
-        entry = snapshot.sighting.entry
+        entry = table_entry(path, snapshot.entry_offset)
         id_size, name_size = struct.unpack(">HH", entry[12:16])
         new = names.get(name, entry[len(entry) - name_size :])
         entry = entry[:14] + struct.pack(">H", len(new)) + entry[16 : len(entry) - name_size] + new
         assert id_size, "QEMU gives every snapshot an ID"
         table += entry + bytes(-len(entry) % 8)
     put_table(path, len(found), table)
+
+
+def table_entry(path: Path, offset: int) -> bytes:
+    """An entry of the snapshot table, without its padding."""
+    head = qemu.peek(path, offset, 40)
+    id_size, name_size = struct.unpack(">HH", head[12:16])
+    return qemu.peek(path, offset, 40 + id_size + name_size + int.from_bytes(head[36:], "big"))
 
 
 def put_table(path: Path, count: int, table: bytes) -> None:

@@ -55,7 +55,8 @@ def open_encryption(
     if len(where) < 16:
         raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
     place = q.parse_crypto_header(where)
-    if place.offset % header.cluster_size or not 0 < place.length <= luks.MAX_HEADER_BYTES:
+    inside = 0 < place.offset < storage.size() and not place.offset % header.cluster_size
+    if not inside or not 0 < place.length <= q.MAX_LUKS_BYTES:
         raise ImageError(
             f"{shown(storage.path)}: its LUKS header, {place.length} bytes at host offset "
             f"{place.offset:#x}, cannot be there"

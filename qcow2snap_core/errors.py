@@ -7,6 +7,11 @@ that a snapshot named with a line feed or an escape sequence cannot forge a line
 
 from __future__ import annotations
 
+from typing import Final
+
+#: The longest path.  A snapshot's name may have 64 KiB, and a log line must not.
+MOST_SHOWN: Final = 4096
+
 
 class Error(Exception):
     """The base of all errors that this package raises on purpose; ``str()`` is one line."""
@@ -28,16 +33,17 @@ class SnapshotGone(ImageError):
     """The snapshot that was served has been deleted; nothing of it can be read any more."""
 
 
-def shown(text: str | bytes) -> str:
-    """``text`` in quotes, on one line, whatever it holds."""
-    return f"'{escaped(text)}'"
+def shown(text: str | bytes, most: int = MOST_SHOWN) -> str:
+    """``text`` in quotes, on one line, whatever it holds and however long it is."""
+    return f"'{escaped(text, most)}'"
 
 
-def escaped(text: str | bytes) -> str:
+def escaped(text: str | bytes, most: int = MOST_SHOWN) -> str:
     """``text`` on one line, without quotes: for what a user may want to type again."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
+    more = "…" if len(text) > most else ""
+    return "".join(c if c.isprintable() else _escape(c) for c in text[:most]) + more
 
 
 def reason(error: OSError) -> str:

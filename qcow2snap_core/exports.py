@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from .errors import UsageError, shown
+from .errors import UsageError, escaped, shown
 from .snapshots import Snapshot, date, summary
 from .units import binary
 
@@ -30,7 +30,7 @@ class Export(NamedTuple):
     def description(self) -> str:
         """ID, date, disk size, VM-state size."""
         s = self.snapshot
-        return f"{s.id}, {date(s)}, {binary(s.disk_size)}, {binary(s.vm_state_size)}"
+        return f"{escaped(s.id, 255)}, {date(s)}, {binary(s.disk_size)}, {binary(s.vm_state_size)}"
 
 
 def exports_of(snapshots: Sequence[Snapshot]) -> list[Export]:

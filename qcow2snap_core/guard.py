@@ -26,7 +26,7 @@ from threading import Lock
 from typing import Final, Protocol
 
 from . import ondisk as q
-from .errors import ImageError, SnapshotGone, shown
+from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Proof, Snapshot, date, read_table_once
 from .storage import Storage
 
@@ -64,7 +64,8 @@ class SnapshotGuard:
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
         self._proof: Proof | None = None
-        self._described = f"snapshot {snapshot.id} {shown(snapshot.name)} of {date(snapshot)}"
+        who = f"{escaped(snapshot.id)} {shown(snapshot.name)}"
+        self._described = f"snapshot {who} of {date(snapshot)}"
 
     def check(self) -> None:
         proof = self._proof

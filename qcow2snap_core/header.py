@@ -66,7 +66,8 @@ def read_header(storage: Storage) -> Header:
     def bad(why: str) -> ImageError:
         return ImageError(f"{shown(storage.path)}: {why}")
 
-    start = storage.read(q.HEADER_V3_LENGTH + 8, 0)
+    # A file without a size may be one of /proc, and never end.
+    start = storage.read(q.HEADER_V3_LENGTH + 8, 0) if storage.size() else b""
     if start[:4] != q.MAGIC:
         raise bad("not a qcow2 image (qemu-img info tells what it is)")
     if len(start) < q.HEADER_V2_LENGTH:
@@ -164,7 +165,10 @@ def _extensions(area: bytes, bad: Bad) -> Iterator[tuple[int, bytes]]:
         at += q.EXTENSION_LENGTH
         if at + ext.length > len(area):
             raise bad(f"header extension {ext.type:#010x} of {ext.length} bytes does not fit")
-        yield ext.type, area[at : at + ext.length]
+        if ext.length > q.MAX_EXTENSION_BYTES.get(ext.type, ext.length):
+            raise bad(f"header extension {ext.type:#010x} has {ext.length} bytes, too many")
+        if ext.type in q.MAX_EXTENSION_BYTES:  # a chain of 200 could have 2 MiB of others each
+            yield ext.type, area[at : at + ext.length]
         at += -(-ext.length // 8) * 8
     raise bad(f"more than {q.MAX_EXTENSIONS} header extensions")
 

@@ -19,7 +19,7 @@ from .clusters import ClusterCache, Clusters, EncryptedClusters
 from .codecs import Codec, Zstd, deflate
 from .disk import Disk, Layer, RawLayer
 from .encryption import open_encryption
-from .errors import ImageError, UsageError, shown
+from .errors import ImageError, UsageError, escaped, shown
 from .guard import SnapshotGuard, Unguarded
 from .header import Header, read_header
 from .mapping import Geometry, Mapping, TableCache
@@ -113,7 +113,7 @@ class Image:
         return disk
 
     def _open_disk(self, snapshot: Snapshot, vm_state: bool) -> Disk:
-        what = f"snapshot {shown(snapshot.name)} (ID {snapshot.id}) of {shown(self.path)}"
+        what = f"snapshot {shown(snapshot.name)} (ID {escaped(snapshot.id)}) of {shown(self.path)}"
         size = snapshot.disk_size
         self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
         if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:

@@ -97,6 +97,14 @@ EXT_FEATURE_TABLE: Final = 0x6803F857
 EXT_CRYPTO_HEADER: Final = 0x0537BE77
 EXT_DATA_FILE: Final = 0x44415441
 
+# The extensions that are read, and how long each may be: whatever it names is in error lines too.
+MAX_EXTENSION_BYTES: Final = {
+    EXT_BACKING_FORMAT: 15,  # as in QEMU
+    EXT_FEATURE_TABLE: 192 * 48,  # every bit of the three kinds of feature
+    EXT_CRYPTO_HEADER: 16,
+    EXT_DATA_FILE: 4095,  # PATH_MAX
+}
+
 CRYPTO_HEADER: Final = Struct("offset" / Int64ub, "length" / Int64ub)
 
 # A row of the feature name table: kind of feature, bit number, name padded with NUL.
@@ -149,6 +157,8 @@ MAX_TABLE_SECONDS: Final = 0.5  # CPU for reading again a large table that is da
 MAX_BACKING_NAME: Final = 1023  # spec: "must not be longer than 1023 bytes"
 MAX_EXTENSIONS: Final = 64  # a cluster of 2 MiB holds 262,144 empty ones
 MAX_CHAIN: Final = 200  # open files and recursion; QEMU itself has no limit
+MAX_LUKS_BYTES: Final = 16 << 20  # memory for key slots; QEMU's own header is 2 MiB
+MAX_LUKS_ITERATIONS: Final = 1 << 26  # of all slots: half a minute; cryptsetup's slot is 2 seconds
 MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
 
 # Compiled parsers take a third of the time; a table of snapshots has many entries.

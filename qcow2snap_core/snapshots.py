@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from . import ondisk as q
-from .errors import ImageError, UsageError, shown
+from .errors import ImageError, UsageError, escaped, shown
 from .storage import Pieces, Storage
 
 
@@ -306,11 +306,14 @@ def choose(table: Table, choice: Choice, path: str) -> Snapshot:
     )
 
 
+_BRIEF: Final = 255  # characters of a name in a list; QEMU itself makes no longer one
+
+
 def summary(snapshots: Sequence[Snapshot], most: int = 50) -> str:
     """The snapshots there are, in half a line."""
     if not snapshots:
         return "it has none"
-    each = [f"{s.id} {shown(s.name)}" for s in snapshots[:most]]
+    each = [f"{escaped(s.id, _BRIEF)} {shown(s.name, _BRIEF)}" for s in snapshots[:most]]
     more = f" and {len(snapshots) - most} more" if len(snapshots) > most else ""
     return "it has " + ", ".join(each) + more
 

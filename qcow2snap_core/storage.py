@@ -114,6 +114,11 @@ def _kind_name(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "special file")
 
 
+# What off_t holds.  No file goes further, so what lies beyond is past its end; Python's own answer
+# would be an OverflowError.
+_MAX_OFFSET: Final = 2**63 - 1
+
+
 class File:
     """A regular file."""
 
@@ -127,6 +132,8 @@ class File:
         return os.fstat(self._fd).st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
+        if offset > _MAX_OFFSET - len(buffer):
+            return 0
         try:
             got = os.preadv(self._fd, (buffer,), offset)
             if got == len(buffer) or not got:
@@ -145,6 +152,8 @@ class File:
         return got
 
     def read(self, length: int, offset: int) -> bytes:
+        if offset > _MAX_OFFSET - length:
+            return b""
         try:
             data = os.pread(self._fd, length, offset)
             while data and len(data) < length:
@@ -220,6 +229,8 @@ class BlockDevice:
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
         view = memoryview(buffer)
+        if offset > _MAX_OFFSET - _BOUNCE - len(view):
+            return 0
         bounce = self._buffers.take()
         try:
             got = 0

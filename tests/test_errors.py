@@ -8,7 +8,7 @@ import os
 import pytest
 
 from qcow2snap_core import Error, ImageError, SnapshotGone, StorageError, UsageError
-from qcow2snap_core.errors import reason, shown
+from qcow2snap_core.errors import MOST_SHOWN, reason, shown
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,8 @@ def test_a_deleted_snapshot_is_an_error_of_the_image():
 )
 def test_the_systems_reason_reads_on_in_a_line(error, expected):
     assert reason(error) == expected
+
+
+def test_the_longest_name_does_not_make_a_line_of_its_length():
+    assert len(shown("x" * 65535)) == MOST_SHOWN + len("'…'")
+    assert shown("x" * MOST_SHOWN) == f"'{'x' * MOST_SHOWN}'"

@@ -178,6 +178,12 @@ def test_the_description_is_id_date_and_sizes():
     assert state.description == disk.description
 
 
+def test_no_id_makes_a_description_that_nbd_cannot_carry():
+    (disk,) = exports_of([snapshot("\udcff\n" + "x" * 65000, "vm")])
+    assert disk.description.startswith("\\xff\\nxxx")
+    assert len(disk.description.encode()) < 4096
+
+
 def test_every_export_of_a_crowd_leads_to_its_own_snapshot():
     """Names that are IDs, repeated, empty and VM states' names, all mixed."""
     mixed = ["3", "", "1/vmstate", "5", "a", "a", "2", "9/vmstate", "x"]

@@ -7,7 +7,7 @@ compressed stream to a full sector.  Anything else past the end of the file is d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from . import ondisk as q
 from .cache import BoundedCache
@@ -19,6 +19,7 @@ from .storage import Buffer, Storage
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], "bytes | bytearray"]
 
+_DECRYPTED: Final = 1 << 20  # at once
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -92,6 +93,7 @@ class Clusters:
             self._check_end(host, length, self._data.size())
             return host
         offset, length = self.stream(host)
+        self._check_start(offset)
         self._check_stream(offset, length, self._file.size())
         return offset
 
@@ -99,6 +101,7 @@ class Clusters:
 
     def _decode(self, entry: int) -> bytes | bytearray:
         offset, length = self.stream(entry)
+        self._check_start(offset)
         stream = self._file.read(length, offset)
         if len(stream) < length:
             self._check_stream(offset, length, _end(self._file, offset, len(stream)))
@@ -113,6 +116,10 @@ class Clusters:
         offset = entry & self._offset_mask
         sectors = (entry >> self._offset_bits & self._sectors_mask) + 1
         return offset, sectors * q.SECTOR - offset % q.SECTOR
+
+    def _check_start(self, offset: int) -> None:
+        if offset < self._size:
+            raise ImageError(f"the compressed cluster at host offset {offset:#x} is in the header")
 
     def _check_end(self, host: int, length: int, end: int) -> None:
         """The file's last cluster counts as whole, however little of it was written."""
@@ -143,12 +150,16 @@ class EncryptedClusters(Clusters):
         length = len(buffer)
         lead = host % q.SECTOR
         sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
-        decrypt = self._encryption.cipher.decrypt
         if not lead and not length % q.SECTOR:
             super().read(buffer, host, guest)
-            decrypt(memoryview(buffer).cast("B"), sector)
+            self._decrypt(memoryview(buffer).cast("B"), sector)
             return
         whole = memoryview(bytearray(-(-(lead + length) // q.SECTOR) * q.SECTOR))
         super().read(whole, host - lead, guest - lead)
-        decrypt(whole, sector)
+        self._decrypt(whole, sector)
         memoryview(buffer)[:] = whole[lead : lead + length]
+
+    def _decrypt(self, view: memoryview, sector: int) -> None:
+        """A piece at a time: the ciphers need several times the memory of what they are given."""
+        for at in range(0, len(view), _DECRYPTED):
+            self._encryption.cipher.decrypt(view[at : at + _DECRYPTED], sector + at // q.SECTOR)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Final, Protocol
 
 from .errors import ImageError
@@ -85,8 +86,11 @@ class Libdeflate:
 class Zstd:
     """One zstd frame, with or without its size in it (QEMU: qcow2_zstd_decompress)."""
 
-    # What every decoder should accept (RFC 8878); a hostile frame may ask for 2 GiB.
+    # A window is memory of the decoder.  A frame that gives its size is decoded without one, and
+    # QEMU's frames do; another may ask for 2 GiB.  What every decoder should accept (RFC 8878) is
+    # too much for each of many threads: beyond the largest cluster, one at a time.
     _MAX_WINDOW: Final = 8 << 20
+    _USUAL_WINDOW: Final = 2 << 20
 
     def __init__(self) -> None:
         try:
@@ -96,28 +100,40 @@ class Zstd:
                 "its clusters are compressed with zstd: install python3-zstandard"
             ) from e
         self._error = zstandard.ZstdError
+        self._parameters = zstandard.get_frame_parameters
         self._contexts: Pool[Any] = Pool(
-            lambda: zstandard.ZstdDecompressor(max_window_size=self._MAX_WINDOW)
+            lambda: zstandard.ZstdDecompressor(max_window_size=self._USUAL_WINDOW)
         )
+        self._large = zstandard.ZstdDecompressor(max_window_size=self._MAX_WINDOW)
+        self._one_large = Lock()
 
     def decode(self, stream: bytes, size: int) -> bytearray:
         data = bytearray(size + 1)  # as for Zlib
-        view = memoryview(data)
-        context = self._contexts.take()
         try:
-            # One call: it stops at the frame's end, a second would take the padding for a frame.
-            got = context.stream_reader(stream).readinto(view)
+            if self._parameters(stream).window_size > self._USUAL_WINDOW:
+                with self._one_large:
+                    got = self._read(self._large, stream, data)
+            else:
+                context = self._contexts.take()
+                try:
+                    got = self._read(context, stream, data)
+                finally:
+                    self._contexts.give(context)
         except self._error as e:
             raise ImageError(f"its zstd frame is damaged ({e})") from e
-        finally:
-            self._contexts.give(context)
-            view.release()
         if got > size:
             raise _too_long()
         if got < size:
             raise _too_short(got, size)
         del data[size:]
         return data
+
+    @staticmethod
+    def _read(context: Any, stream: bytes, data: bytearray) -> int:
+        # One call: it stops at the frame's end, a second would take the padding for a frame.
+        with memoryview(data) as view:
+            got: int = context.stream_reader(stream).readinto(view)
+        return got
 
 
 def deflate() -> Codec:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
+from . import ondisk as q
 from .clusters import Clusters, fill_zeros
 from .errors import Error, ImageError, StorageError, shown
 from .guard import Guard
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
 from .storage import Buffer, Storage
 
 if TYPE_CHECKING:
@@ -51,39 +52,41 @@ class Layer(Protocol):
     """What can lie below: a raw file, or another qcow2 file's active disk."""
 
     size: int
-    depth: int  #: how many layers there are from here down
 
     @property
     def below(self) -> Layer | None:
         """The next one."""
 
-    def fill(self, view: memoryview, offset: int) -> None:
+    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
         """Fill the view; the range lies inside the layer.  Raises ImageError, StorageError."""
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
-        """The range, lazily; merging is up to the caller."""
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
+        """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
 
 
 class RawLayer:
     """A raw backing file: its bytes are the disk's, its holes are zeros."""
 
-    depth = 1
     below = None
 
     def __init__(self, storage: Storage) -> None:
         self.size = storage.size()
         self._storage = storage
 
-    def fill(self, view: memoryview, offset: int) -> None:
+    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
         got = self._storage.read_into(view, offset)
         if got < len(view):
             raise self._shrunk()
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         if offset + length > self._storage.size():
             raise self._shrunk()  # or what is missing would pass for a hole
         for start, n, hole in self._storage.holes(offset, length):
             yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
+            if work is not None:
+                work.left -= 1
+                if work.left < 0:
+                    return
 
     def _shrunk(self) -> StorageError:
         storage = self._storage
@@ -92,8 +95,9 @@ class RawLayer:
         )
 
 
-# How many look-ups one request for extents may cost, over all layers: well under a second.
-_MOST_PIECES: Final = 1 << 17
+# A client that asks to have data prefetched need not get all of it.
+_MOST_PREFETCHED: Final = 32 << 20
+_MOST_PREFETCHED_RUNS: Final = 4096
 _BATCH: Final = 4096
 
 
@@ -114,7 +118,6 @@ class Disk:
         self.name = name
         self.size = size
         self.cluster_size = mapping.cluster_size
-        self.depth = 1 + (below.depth if below else 0)
         self._mapping = mapping
         self._clusters = clusters
         self._guard = guard
@@ -161,7 +164,7 @@ class Disk:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
-        pieces = islice(self.checked_pieces(offset, length), _MOST_PIECES // self.depth)
+        pieces = self.checked_pieces(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
         last: Extent | None = None
         for start, n, kind, _ in pieces:
             if last is not None and last.type == kind:
@@ -173,9 +176,9 @@ class Disk:
         if last is not None:
             yield last
 
-    def checked_pieces(self, offset: int, length: int) -> Iterator[Piece]:
+    def checked_pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         """As :meth:`pieces`, with the guard asked before any of them is handed out."""
-        return checked(self.pieces(offset, length), self)
+        return checked(self.pieces(offset, length, work), self)
 
     @property
     def below(self) -> Layer | None:
@@ -191,7 +194,9 @@ class Disk:
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
-            for kind, host, guest, n in self._mapping.runs(self._base + offset, length):
+            length = min(length, _MOST_PREFETCHED)
+            work = Work(_MOST_PREFETCHED_RUNS)
+            for kind, host, guest, n in self._mapping.runs(self._base + offset, length, work):
                 if kind == DATA:
                     self._clusters.will_need(host, n)
                 elif kind == COMPRESSED:
@@ -207,18 +212,18 @@ class Disk:
 
     # --- What a layer does (class Layer) ---
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        self._fill(view, offset)
+    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
+        self._fill(view, offset, work)
 
-    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
-        for cell in self.cells(offset, length):
+    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
+        for cell in self.cells(offset, length, work):
             yield Piece(*cell[:4])
 
-    def cells(self, offset: int, length: int) -> Iterator[Cell]:
+    def cells(self, offset: int, length: int, work: Work | None = None) -> Iterator[Cell]:
         """The pieces of a range with all that the tables say of them."""
         if not length:
             return
-        for kind, entry, guest, n in self._runs(offset, length):
+        for kind, entry, guest, n in self._runs(offset, length, work):
             start = guest - self._base
             if kind in (DATA, COMPRESSED):
                 try:
@@ -231,16 +236,20 @@ class Disk:
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
-                    for piece in self._below.pieces(start, inside):
+                    for piece in self._below.pieces(start, inside, work):
                         yield piece.offset, piece.length, piece.type, None, kind, 0
+                    if work is not None and work.left < 0:
+                        return
                 if inside < n:
                     yield start + inside, n - inside, HOLE_ZERO, None, kind, 0
 
     # --- Inside ---
 
-    def _fill(self, buffer: Buffer, offset: int) -> None:
+    def _fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         length = len(buffer)
         guest = self._base + offset
+        if work is not None:
+            work.left -= 1
         try:
             kind, host, n = self._mapping.run(guest, length)
             if kind == DATA and n == length:
@@ -249,7 +258,8 @@ class Disk:
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
         view = memoryview(buffer).cast("B")
-        for kind, host, guest, n in self._runs(offset, length):
+        work = work or Work(q.MAX_LOOKUPS)
+        for kind, host, guest, n in self._runs(offset, length, work):
             start = guest - self._base
             piece = view[start - offset : start - offset + n]
             try:
@@ -260,23 +270,30 @@ class Disk:
                     token = self._mapping.token
                     self._clusters.read_compressed(piece, host, token, guest - within, within)
                 elif kind == UNALLOCATED and self._below is not None:
-                    self._fill_from_below(piece, start, self._below)
+                    self._fill_from_below(piece, start, self._below, work)
                 else:
                     fill_zeros(piece)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
+        if work.left < 0:
+            raise ImageError(
+                f"{self.name}: a read at guest offset {offset:#x} takes more than "
+                f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
+            )
 
-    def _fill_from_below(self, view: memoryview, offset: int, below: Layer) -> None:
+    def _fill_from_below(self, view: memoryview, offset: int, below: Layer, work: Work) -> None:
         inside = max(0, min(len(view), below.size - offset))
         if inside:
-            below.fill(view[:inside], offset)
+            below.fill(view[:inside], offset, work)
         fill_zeros(view[inside:])
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    def _runs(
+        self, offset: int, length: int, work: Work | None
+    ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
         guest = self._base + offset
         try:
-            for run in self._mapping.runs(guest, length):
+            for run in self._mapping.runs(guest, length, work):
                 yield run
                 guest = run[2] + run[3]
         except (ImageError, StorageError) as e:

@@ -14,7 +14,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from . import ondisk as q
-from .cache import BoundedCache
+from .cache import OVERHEAD, BoundedCache
 from .clusters import ClusterCache, Clusters, EncryptedClusters
 from .codecs import Codec, Zstd, deflate
 from .disk import Disk, Layer, RawLayer
@@ -49,12 +49,13 @@ class _Shared:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.policy = Policy(options.allow_dirs)
-        self.tables: TableCache = BoundedCache(options.l2_cache_size)
-        self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size)
+        self.tables: TableCache = BoundedCache(options.l2_cache_size, OVERHEAD)
+        self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size, OVERHEAD)
         self.tokens = count()
         self.storages: list[Storage] = []  # of the layers and of their data files
         self.layers: list[Storage] = []  # from the top down
         self.encrypted = False
+        self.codecs: dict[int, Codec] = {}  # of all layers: a decoder's contexts are large
 
 
 class Image:
@@ -241,12 +242,13 @@ class Image:
         return EncryptedClusters(encryption, *parts)
 
     def _codec(self) -> Codec:
-        if self.header.compression == q.COMPRESSION_ZLIB:
-            return deflate()
-        try:
-            return Zstd()
-        except ImageError as e:
-            raise ImageError(f"{shown(self.path)}: {e}") from e
+        kind, codecs = self.header.compression, self._shared.codecs
+        if kind not in codecs:
+            try:
+                codecs[kind] = deflate() if kind == q.COMPRESSION_ZLIB else Zstd()
+            except ImageError as e:
+                raise ImageError(f"{shown(self.path)}: {e}") from e
+        return codecs[kind]
 
     def _open_below(self) -> Layer | None:
         name = self.header.backing_file

@@ -46,6 +46,15 @@ class Geometry(NamedTuple):
     data_file: bool = False
 
 
+class Work:
+    """How many look-ups a request may still cost, over all layers."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
 _SLICE_BYTES: Final = 64 << 10
 _CLEAR_COPIED: Final = bytes(b & 0x7F for b in range(256))
 _STRIDE: Final = 64  # entries compared at a time; small, since most runs in a request are short
@@ -94,15 +103,24 @@ class Mapping:
             return SubclusterMapping
         return Mapping
 
-    def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+    def runs(
+        self, offset: int, length: int, work: Work | None = None
+    ) -> Iterator[tuple[int, int, int, int]]:
         """The runs of a range, in order and merged: (kind, host offset, guest offset, length).
 
+        It ends early, after at least one run, when the work that was allowed is done.
         Raises ImageError or StorageError where the tables cannot be believed or read.
         """
         end = offset + length
+        if work is not None:
+            work.left -= 1
         kind, host, n = self.run(offset, length)
         start, offset = offset, offset + n
         while offset < end:
+            if work is not None:
+                work.left -= 1
+                if work.left < 0:
+                    break
             try:
                 next_kind, next_host, n = self.run(offset, end - offset)
             except Error:
@@ -132,7 +150,7 @@ class Mapping:
         try:
             entry = table[at]
         except IndexError:
-            return self._no_entry(table, at, within, length)
+            return self._no_entry(table, offset, length)
         if not entry & self._odd:
             step = self.cluster_size if entry else 0
             kind = DATA if entry else UNALLOCATED
@@ -226,19 +244,27 @@ class Mapping:
 
     # --- Loading ---
 
-    def _no_entry(self, table: Slice[int], at: int, within: int, length: int) -> Run:
-        """Past what the slice holds: all of it when there is no L2 table."""
+    def _no_entry(self, table: Slice[int], offset: int, length: int) -> Run:
+        """Past what the slice holds: all of it when there is no L2 table, and more when there is
+        none for what follows either, or a disk of exabytes would take hours to walk."""
+        if table is _BEYOND:
+            return UNALLOCATED, 0, length
         if table is _ABSENT:
-            rest = (self._slice_mask + 1 - at << self._bits) - within
-            return UNALLOCATED, 0, min(rest, length)
+            first = offset // self.bytes_per_l1_entry
+            last = (offset + length - 1) // self.bytes_per_l1_entry
+            l1, at = self._l1_slice(first)
+            stop = min(at + 1 + last - first, len(l1))
+            absent = 1 + alike(l1, at + 1, stop, l1[at], 0)
+            return UNALLOCATED, 0, min((first + absent) * self.bytes_per_l1_entry - offset, length)
         raise ImageError("its L2 table lies past the end of the file")
 
     def _load(self, index: int) -> Slice[int]:
         """Slice ``index`` of all the L2 tables, laid end to end."""
         l1_index, part = divmod(index, 1 << self._l2_bits - self._slice_bits)
         if l1_index >= self._l1_size:
-            return _ABSENT
-        table_offset = self.l2_offset(l1_index, self._l1_entry(l1_index))
+            return _BEYOND
+        l1, at = self._l1_slice(l1_index)
+        table_offset = self.l2_offset(l1_index, l1[at])
         if not table_offset:
             return _ABSENT
         size = 1 << self._slice_bits + self._entry_bits
@@ -257,8 +283,8 @@ class Mapping:
             raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
         return _integers(raw)
 
-    def _l1_entry(self, index: int) -> int:
-        """From the L1 table, which is read in slices as well: it may be 32 MiB."""
+    def _l1_slice(self, index: int) -> tuple[Slice[int], int]:
+        """Where an L1 entry is; that table is read in slices as well: it may be 32 MiB."""
         per_slice = _SLICE_BYTES // q.L1_ENTRY_SIZE
         first = index - index % per_slice
         count = min(per_slice, self._l1_size - first)
@@ -274,7 +300,7 @@ class Mapping:
         table = self._cache.get(key)
         if table is None:
             table = self._cache.load(key, read, count * q.L1_ENTRY_SIZE)
-        return table[index - first]
+        return table, index - first
 
 
 def _integers(raw: bytearray) -> Slice[int]:
@@ -284,7 +310,8 @@ def _integers(raw: bytearray) -> Slice[int]:
     return table
 
 
-_ABSENT: Final[Slice[int]] = array("Q")
+_ABSENT: Final[Slice[int]] = array("Q")  # there is no L2 table
+_BEYOND: Final[Slice[int]] = array("Q")  # nor any further L1 entry
 
 
 def alike(table: Slice[int], at: int, stop: int, entry: int, step: int) -> int:

@@ -37,7 +37,7 @@ class SubclusterMapping(Mapping):
         try:
             entry, bitmap = table[2 * at], table[2 * at + 1]
         except IndexError:
-            return self._no_entry(table, at, within, length)
+            return self._no_entry(table, offset, length)
         host, allocated = self._offset(entry)
         if allocated is None:
             return COMPRESSED, entry, min(self.cluster_size - within, length)

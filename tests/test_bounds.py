@@ -7,6 +7,7 @@ how fast the machine is.
 from __future__ import annotations
 
 import struct
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,14 @@ from support.qemu import MiB
 from support.tables import Entry, write_table
 
 from qcow2snap_core import ondisk as q
+from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.clusters import EncryptedClusters
+from qcow2snap_core.codecs import Zlib, Zstd
+from qcow2snap_core.encryption import Encryption
+from qcow2snap_core.errors import ImageError
 from qcow2snap_core.exports import exports_of
 from qcow2snap_core.guard import SnapshotGuard
+from qcow2snap_core.image import Options, open_image
 from qcow2snap_core.snapshots import Snapshot, read_table
 
 ALLOWED = 64 * MiB
@@ -125,3 +132,128 @@ def count_reads(storage: object) -> list[int]:
 
     storage.read = counted  # type: ignore[attr-defined]
     return offsets
+
+
+# --- The work of one request ---
+
+
+def chain(directory: Path, layers: int, clusters: int) -> Path:
+    """Overlays in which every other cluster is unallocated: as many runs as there can be."""
+    path = None
+    for n in range(layers):
+        backing = None if path is None else (path.name, "qcow2")
+        path = directory / f"{n}.qcow2"
+        qemu.create(path, clusters * 512, cluster_size=512, backing=backing)
+    assert path is not None
+    qemu.io(path, *(f"write -P {n % 255 + 1} {n * 512} 512" for n in range(0, clusters, 2)))
+    qemu.take(path, "s")
+    return path
+
+
+def test_a_read_of_too_many_pieces_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = chain(tmp_path, layers=5, clusters=200)
+    monkeypatch.setattr(q, "MAX_LOOKUPS", 500)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        with pytest.raises(ImageError, match="takes more than 500 look-ups: ask for less"):
+            disk.pread(disk.size, 0)
+        half = disk.pread(disk.size // 4, 0) + disk.pread(disk.size // 4, disk.size // 4)
+    assert half == qemu.content(path, "s")[: len(half)]
+
+
+def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch) -> None:
+    path = chain(tmp_path, layers=5, clusters=200)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+        monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 100)
+        part, at = [], 0
+        while at < disk.size:
+            some = list(disk.extents(at, disk.size - at))
+            assert len(some) < 50
+            part += some
+            at = part[-1].offset + part[-1].length
+    assert part == whole
+
+
+def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:
+    """They merge into one extent, so that counting extents would not see them."""
+    path = qemu.create(tmp_path / "z.qcow2", 200 * 512, cluster_size=512)
+    qemu.io(path, *(f"write -P 1 {n * 512} 512" for n in range(0, 200, 2)))
+    qemu.io(path, f"write -z 0 {200 * 512}")
+    qemu.take(path, "s")
+    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 50)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        (extent,) = disk.extents(0, disk.size)
+        assert extent.length < disk.size
+
+
+def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    entry = qemu.snapshots(path)["s"].entry_offset
+    qemu.patch(path, entry + 48, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert disk.size == 2**63 - 512
+        assert len(list(disk.pieces(0, disk.size))) == 1
+        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
+
+
+# --- Caches and decoders ---
+
+
+def test_small_clusters_weigh_what_they_take(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "small.qcow2", 4 * MiB, cluster_size=512)
+    qemu.io(path, f"write -P 1 0 {4 * MiB}")
+    qemu.take(path, "s")
+    options = Options(l2_cache_size=MiB // 4, cluster_cache_size=MiB // 4)
+    with open_image(str(path), options) as image:
+        disk = image.snapshot("s")
+        disk.pread(512, 0)
+        with bounded(MiB // 2):
+            for at in range(0, disk.size, 32 * 1024):
+                disk.pread(512, at)
+
+
+def test_a_chain_shares_its_decoders(tmp_path: Path) -> None:
+    for n, backing in enumerate([None, ("0", "qcow2"), ("1", "qcow2")]):
+        qemu.create(tmp_path / str(n), MiB, backing=backing, compression_type="zstd")
+    with open_image(str(tmp_path / "2")) as image:
+        assert image._clusters._codec is image._below._clusters._codec  # type: ignore[union-attr]
+
+
+def test_wide_zstd_windows_are_for_one_at_a_time() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    data = bytes(range(256)) * 256
+    parameters = zstandard.ZstdCompressionParameters(window_log=23, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = compressor.compress(data) + compressor.flush()
+    codec = Zstd()
+    with codec._one_large:
+        waiting = threading.Thread(target=codec.decode, args=(frame, len(data)))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        assert codec.decode(zstandard.ZstdCompressor().compress(data), len(data)) == data
+    waiting.join()
+    assert codec.decode(frame, len(data)) == data
+
+
+# --- Memory of a request ---
+
+
+def test_deciphering_a_large_read_takes_small_buffers(tmp_path: Path) -> None:
+    ciphers = pytest.importorskip("qcow2snap_core.ciphers")
+    path = tmp_path / "data"
+    path.write_bytes(bytes(16 * MiB))
+    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
+    buffer = bytearray(16 * MiB)
+    with opened(path) as storage:
+        parts = storage, storage, 16, Zlib(), BoundedCache(MiB)
+        with bounded(12 * MiB):
+            EncryptedClusters(Encryption(cipher, True), *parts).read(buffer, 0, 0)
+    expected = bytearray(MiB)
+    cipher.decrypt(memoryview(expected), 15 * MiB // 512)
+    assert buffer[15 * MiB :] == expected

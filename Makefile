@@ -8,7 +8,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-test
-.PHONY: install uninstall deb rpm clean
+.PHONY: mutants install uninstall deb rpm clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin; images in build/bench/"
+	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
@@ -58,6 +59,10 @@ test-live: deps-test
 
 compare-live: deps-test
 	@$(PYTHON) tests/live/compare_qemu_nbd.py
+
+COUNT ?= 20000
+mutants: deps-test
+	$(PYTHON) tests/support/mutants.py $(COUNT)
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

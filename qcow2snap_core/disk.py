@@ -288,7 +288,7 @@ class Disk:
         fill_zeros(view[inside:])
 
     def _runs(
-        self, offset: int, length: int, work: Work | None
+        self, offset: int, length: int, work: Work | None = None
     ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
         guest = self._base + offset

@@ -6,7 +6,7 @@ Every image has two snapshots, GOOD and then BAD, on two L2 tables each.  A case
 
 from __future__ import annotations
 
-import os
+import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def make(directory: Path, kind: str) -> Path:
         backing = ("base.raw", "raw")
     qemu.create(path, size, backing=backing, **options)
     noise = directory / "noise"
-    noise.write_bytes(os.urandom(997).hex().encode())
+    noise.write_bytes(random.Random(kind).randbytes(997).hex().encode())
     qemu.io(path, f"write -P 1 0 {size}")
     qemu.take(path, "GOOD")
     if kind == "extl2":

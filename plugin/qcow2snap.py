@@ -20,6 +20,7 @@ if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
 
 from qcow2snap_core import Error, Image, UsageError, __version__, codecs, encryption  # noqa: E402
 from qcow2snap_core.disk import Disk  # noqa: E402
+from qcow2snap_core.errors import shown  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.settings import Settings  # noqa: E402
 from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
@@ -68,6 +69,9 @@ def config(key, value):
 def config_complete():
     global _image, _pinned
     _image = _settings.open_image()
+    if _image.header.dirty:
+        why = "its refcounts may be wrong, its snapshots do not depend on them"
+        print(f"qcow2snap: {shown(_image.path)} is marked dirty: {why}", file=sys.stderr)
     choice = _settings.choice
     if choice is not None:
         snapshot = choose(_image.table(), choice, _image.path)

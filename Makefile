@@ -3,6 +3,7 @@
 # nbdkit embeds the system's interpreter: so everything here uses that one.
 PYTHON ?= /usr/bin/python3
 VENV := .venv
+FUZZ := build/fuzz
 RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
@@ -63,6 +64,15 @@ compare-live: deps-test
 COUNT ?= 20000
 mutants: deps-test
 	$(PYTHON) tests/support/mutants.py $(COUNT)
+
+# atheris comes from PyPI as well, and only here.
+$(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test
+	$(PYTHON) -m venv --system-site-packages $(FUZZ)
+	$(FUZZ)/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+fuzz: $(FUZZ)/ready
+	$(FUZZ)/bin/python tests/fuzz.py
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test

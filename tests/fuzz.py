@@ -1,0 +1,215 @@
+"""Coverage-guided fuzzing of each parser: only errors of our own may come out of any bytes.
+
+    make fuzz                                    a minute for all targets
+    build/fuzz/bin/python tests/fuzz.py table 600        ten minutes for one
+
+The seeds are parts of images that QEMU has just made.  An input that does harm is left in
+build/fuzz/found/, and belongs into a test of its own.
+"""
+
+# ruff: noqa: E402 (what is instrumented is imported first)
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FOUND = ROOT / "build" / "fuzz" / "found"
+SECONDS = 12
+
+if len(sys.argv) > 1 and __name__ == "__main__":
+    import atheris
+
+    with atheris.instrument_imports(include=["qcow2snap_core"]):
+        # All of them, by what they import in turn.
+        import qcow2snap_core.image
+        import qcow2snap_core.luks
+        import qcow2snap_core.subclusters  # noqa: F401
+
+from support import catalogue, damage, qemu
+
+from qcow2snap_core import codecs, luks, mapping, snapshots
+from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.errors import Error, ImageError
+from qcow2snap_core.header import read_header
+
+
+class Bytes:
+    """A file that is the fuzzer's bytes; a :class:`qcow2snap_core.storage.Storage`."""
+
+    path = "fuzzed"
+    directory = "/"
+    inode = (0, 0)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def size(self) -> int:
+        return len(self._data)
+
+    def read(self, length: int, offset: int) -> bytes:
+        assert length >= 0
+        assert offset >= 0
+        return self._data[offset : offset + length]
+
+
+# --- Targets: each takes any bytes and raises nothing but what it lets through ---
+
+
+def header(data: bytes) -> None:
+    with suppress(Error):
+        read_header(Bytes(data))  # type: ignore[arg-type]
+
+
+def table(data: bytes) -> None:
+    """The first twelve bytes are the header's count and offset."""
+    file = bytearray(data[12:])
+    file[60:72] = data[:12].ljust(12, b"\0")
+    storage = Bytes(bytes(file))
+    found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
+    assert not found.torn
+    for s in found.snapshots[:3]:
+        again = snapshots.read_table_once(storage, s.identity)  # type: ignore[arg-type]
+        assert again.proof is not None
+        assert again.proof.holds(storage)  # type: ignore[arg-type]
+
+
+CLUSTER_BITS = {False: 9, True: 14}
+
+
+def tables(data: bytes) -> None:
+    """A byte of flags, then a file: the L1 table in its first cluster, L2 tables behind it."""
+    flags = data[0] if data else 0
+    wide = bool(flags & 1)
+    bits = CLUSTER_BITS[wide]
+    geometry = mapping.Geometry(bits, 2 + bool(flags & 2), wide, bool(flags & 4))
+    cache: mapping.TableCache = BoundedCache(1 << 20)
+    parts = Bytes(data[1:]), geometry, 0, (1 << bits) // 8, cache, 0
+    tested = mapping.Mapping.of(geometry)(*parts)  # type: ignore[arg-type]
+    size = tested.bytes_per_l1_entry * 70
+    step = tested.bytes_per_l1_entry // 3 + 1
+    for start in range(0, size, step):
+        with suppress(ImageError):
+            at = start
+            for _, host, guest, length in islice(tested.runs(start, step), 200):
+                assert guest == at
+                assert length > 0
+                assert host >= 0
+                at += length
+
+
+def decoders(data: bytes) -> None:
+    """A byte that chooses, then a stream.  Whatever two decoders make of it is the same."""
+    size = 4096
+    if data[:1] and data[0] & 1:
+        with suppress(ImageError):
+            assert len(codecs.Zstd().decode(data[1:], size)) == size
+        return
+    made = []
+    for decoder in (codecs.Zlib(), codecs.deflate()):
+        with suppress(ImageError):
+            made.append(bytes(decoder.decode(data[1:], size)))
+    assert all(m == made[0] and len(m) == size for m in made)
+
+
+def luks_header(data: bytes) -> None:
+    luks.MAX_LUKS_ITERATIONS = 100  # type: ignore[misc]
+    with suppress(Error):
+        luks.open_luks(data.ljust(1 << 20, b"\0"), b"secret", "fuzzed")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "header": header,
+    "table": table,
+    "tables": tables,
+    "decoders": decoders,
+    "luks": luks_header,
+}
+
+
+# --- Seeds ---
+
+
+def seeds(directory: Path, target: str) -> Iterator[bytes]:
+    if target == "luks":
+        path = directory / "luks.qcow2"
+        secret = f"secret,id=s,data={'x' * 8}"
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        create = ("qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options)
+        qemu.run(*create, path, "64k")
+        at = path.read_bytes().index(luks.MAGIC)
+        seed = bytearray(qemu.peek(path, at, luks.HEADER_LENGTH))
+        seed[164:168] = struct.pack(">I", 10)  # of the digest
+        seed[212:216] = struct.pack(">I", 10)  # of the first key slot
+        yield bytes(seed)
+        return
+    for kind in ("plain", "v2", "zstd", "extl2", "overlay"):
+        path = catalogue.make(directory, kind)
+        image = path.read_bytes()
+        if target == "header":
+            yield image[:4096]
+        elif target == "table":
+            at = int.from_bytes(image[64:72], "big")
+            cluster = damage.cluster_size(path)
+            place = struct.pack(">IQ", 2, cluster)
+            yield place + image[:cluster] + image[at : at + 200]
+        elif target == "tables":
+            wide = kind == "extl2"
+            cluster = 1 << CLUSTER_BITS[wide]
+            l2 = damage.l2_table(path, "BAD", 0)
+            l1 = struct.pack(">Q", 1 << 63 | cluster).ljust(cluster, b"\0")
+            flags = bytes([wide | (kind != "v2") << 1])
+            yield flags + l1 + image[l2 : l2 + min(cluster, 1024)]
+        elif target == "decoders" and kind in ("plain", "zstd"):
+            at, sectors = damage.stream(path, "BAD", 0)
+            yield bytes([kind == "zstd"]) + image[at : at + 512 * (sectors + 1)]
+
+
+def fuzz(target: str, seconds: int) -> None:
+    FOUND.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = Path(directory, "corpus")
+        corpus.mkdir()
+        for number, seed in enumerate(seeds(Path(directory), target)):
+            (corpus / str(number)).write_bytes(seed)
+        limits = [f"-max_total_time={seconds}", "-timeout=5", "-rss_limit_mb=1024"]
+        limits += ["-max_len=65536", "-print_final_stats=1", "-verbosity=1"]
+        prefix = f"-artifact_prefix={FOUND / target}-"
+        atheris.Setup([sys.argv[0], *limits, prefix, str(corpus)], TARGETS[target])
+        atheris.Fuzz()
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        fuzz(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
+        return 0
+    bad = []
+    for target in TARGETS:
+        done = subprocess.run(
+            [sys.executable, __file__, target, str(SECONDS)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        lines = done.stdout.splitlines()
+        runs = next((x.split(":")[-1] for x in lines if "number_of_executed_units" in x), " no")
+        print(
+            f"{target}:{runs} inputs, {'harm found' if done.returncode else 'no harm'}", flush=True
+        )
+        if done.returncode:
+            bad.append(target)
+            print("\n".join(lines[-60:]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

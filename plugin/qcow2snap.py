@@ -43,13 +43,26 @@ _pinned: tuple[Snapshot, Disk] | None = None  # with snapshot=; the disk keeps i
 _format_exception = traceback.format_exception
 
 
-def _one_line(kind, value=None, *args, **kwargs):
+def _one_line(kind, value=None, trace=None, *args, **kwargs):
     error = kind if value is None else value
     if isinstance(error, Error):
-        return [str(error)]
-    if isinstance(error, MemoryError):
-        return ["out of memory"]
-    return _format_exception(kind, value, *args, **kwargs)
+        lines = [str(error)]
+    elif isinstance(error, MemoryError):
+        lines = ["out of memory"]
+    else:
+        lines = _format_exception(kind, value, trace, *args, **kwargs)
+    _forget(error, trace)
+    return lines
+
+
+def _forget(error, trace):
+    """nbdkit 1.32 never frees an exception, nor what its frames hold: whole snapshot tables, for a
+    client that asks for exports which there are not."""
+    error.args = ()
+    error.__context__ = error.__cause__ = error.__traceback__ = None
+    if trace is not None:
+        traceback.clear_frames(trace)
+        trace.tb_next = None
 
 
 traceback.format_exception = _one_line

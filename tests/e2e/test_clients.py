@@ -17,6 +17,7 @@ import pytest
 from support import qemu
 from support.qemu import KiB, MiB
 from support.server import Server, serve
+from support.tables import Entry, write_table
 
 SIZE = 32 * MiB
 OPTION_MAGIC = b"IHAVEOPT"
@@ -211,3 +212,25 @@ def test_thousands_of_connections_leave_nothing_behind(server: Server, content: 
     before = server.memory()
     connections(2000)
     assert server.memory() - before < 8 * MiB
+
+
+def test_refusals_leave_little_behind(tmp_path: Path) -> None:
+    """nbdkit 1.32 never frees an exception, so what it holds must not be much: half a kilobyte,
+    and not a table of snapshots."""
+    path = qemu.create(tmp_path / "many.qcow2", MiB)
+    qemu.take(path, "real")
+    real = qemu.snapshots(path)["real"]
+    place = real.l1_table_offset, real.l1_size
+    write_table(path, [Entry(b"%d" % n, b"name-%d" % n, *place) for n in range(300)])
+
+    def refusals(count: int) -> None:
+        for _ in range(count):
+            with raw(server) as s:
+                send_option(s, GO, go(b"none"))
+                receive(s, 20)
+
+    with serve(file=path) as server:
+        refusals(50)
+        before = server.memory()
+        refusals(300)
+        assert server.memory() - before < 3 * MiB

@@ -121,22 +121,27 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def drop_caches(image: Image) -> None:
-    """Put the image's files out of the page cache."""
-    for path in filter(None, (image.path, image.raw)):
+def set_caches(image: Image, cold: bool) -> None:
+    """Put the image's files, and those below it, out of the page cache or into it."""
+    for path in filter(None, (*image.files, image.raw)):
         with open(path, "rb") as f:
-            os.fsync(f.fileno())
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cold:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while f.read(1 << 20):
+                    pass
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, object]:
     image = build(FOLDER, workload.image)
     figures: dict[str, list[float]] = {kind: [] for kind in workload.servers}
     memory: dict[str, int] = dict.fromkeys(workload.servers, 0)
+    set_caches(image, workload.cold)
     for _ in range(rounds):
         for kind in workload.servers:
             if workload.cold:
-                drop_caches(image)
+                set_caches(image, cold=True)
             with serve(kind, image) as server:
                 figures[kind].append(workload.measure(server.uri, image))
                 memory[kind] = max(memory[kind], server.peak_memory())

@@ -25,6 +25,11 @@ class Image:
     size: int
     encrypted: bool = False
 
+    @property
+    def files(self) -> list[Path]:
+        """The image and those below it."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*qcow2"))
+
 
 def qemu(*arguments: object) -> None:
     subprocess.run([str(a) for a in arguments], check=True, stdout=subprocess.DEVNULL)

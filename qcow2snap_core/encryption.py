@@ -54,7 +54,7 @@ def open_encryption(
     where = header.extensions.get(q.EXT_CRYPTO_HEADER, b"")
     if len(where) < 16:
         raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
-    place = q.parse_crypto_header(where)
+    place = q.CRYPTO_HEADER.parse(where)
     inside = 0 < place.offset < storage.size() and not place.offset % header.cluster_size
     if not inside or not 0 < place.length <= q.MAX_LUKS_BYTES:
         raise ImageError(

@@ -8,7 +8,7 @@ snapshot is needed most.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from . import ondisk as q
 from .errors import ImageError, shown
@@ -17,8 +17,7 @@ from .storage import Storage
 Bad = Callable[[str], ImageError]  # names the file and says what is wrong with it
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the header says; offsets and sizes in bytes."""
 
     version: int
@@ -35,7 +34,7 @@ class Header:
     autoclear: int
     compression: int
     backing_file: bytes | None
-    extensions: dict[int, bytes] = field(repr=False)
+    extensions: dict[int, bytes]
 
     @property
     def cluster_size(self) -> int:
@@ -72,7 +71,7 @@ def read_header(storage: Storage) -> Header:
         raise bad("not a qcow2 image (qemu-img info tells what it is)")
     if len(start) < q.HEADER_V2_LENGTH:
         raise bad(f"the file ends inside the qcow2 header, after {len(start)} bytes")
-    v2 = q.parse_header_v2(start)
+    v2 = q.HEADER_V2.parse(start)
     if v2.version not in (2, 3):
         raise bad(f"qcow2 version {v2.version} is not supported, only 2 and 3 are")
     if not q.MIN_CLUSTER_BITS <= v2.cluster_bits <= q.MAX_CLUSTER_BITS:
@@ -85,7 +84,7 @@ def read_header(storage: Storage) -> Header:
     if v2.version == 3:
         if len(start) < q.HEADER_V3_LENGTH:
             raise bad(f"the file ends inside the qcow2 header, after {len(start)} bytes")
-        v3 = q.parse_header_v3(start[q.HEADER_V2_LENGTH :])
+        v3 = q.HEADER_V3.parse(start[q.HEADER_V2_LENGTH :])
         header_length = v3.header_length
         if not q.HEADER_V3_LENGTH <= header_length <= 1 << v2.cluster_bits:
             raise bad(f"header_length is {header_length}, which is not from 104 to a cluster")
@@ -159,7 +158,7 @@ def _extensions(area: bytes, bad: Bad) -> Iterator[tuple[int, bytes]]:
     for _ in range(q.MAX_EXTENSIONS):
         if at + q.EXTENSION_LENGTH > len(area):
             return
-        ext = q.parse_extension(area[at : at + q.EXTENSION_LENGTH])
+        ext = q.EXTENSION.parse(area[at : at + q.EXTENSION_LENGTH])
         if ext.type == q.EXT_END:
             return
         at += q.EXTENSION_LENGTH

@@ -7,10 +7,10 @@ they are asked for, so that an image which a running QEMU has open shows the one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping as ReadOnly
 from itertools import count
-from types import TracebackType
-from typing import Final
+from types import MappingProxyType, TracebackType
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from . import ondisk as q
@@ -30,17 +30,19 @@ from .storage import Storage, open_storage
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """How to open an image; see the contract of the plugin's keys."""
 
     allow_dirs: tuple[str, ...] = ()
     backing_format: str | None = None  # of a backing file whose image records none
-    passphrases: dict[int, bytes] = field(default_factory=dict, repr=False)  # by layer
+    passphrases: ReadOnly[int, bytes] = MappingProxyType({})  # by layer
     l2_cache_size: int = 32 << 20  # bytes
     cluster_cache_size: int = 64 << 20
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
+
+    def __repr__(self) -> str:
+        return "Options(…)"  # it holds secrets
 
 
 class _Shared:
@@ -91,7 +93,7 @@ class Image:
         table = read_table(self.storage, self._known_damage)
         self._known_damage = table.fields, table.damage
         if self.header.has_data_file and not table.snapshots:
-            return replace(table, note="QEMU keeps none in an image with an external data file")
+            return table._replace(note="QEMU keeps none in an image with an external data file")
         return table
 
     def snapshot(self, name: str) -> Disk:

@@ -7,29 +7,20 @@ value is used, with the limits below.
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 import sys
+from types import ModuleType
 from typing import Final
 
+# construct brings a debugger for its users, whose imports are half of what construct costs every
+# server that starts; nobody here uses it.
+if "construct" not in sys.modules:
+    sys.modules["construct.debug"] = ModuleType("construct.debug")
+    import construct  # noqa: F401
 
-def _defer(module: str) -> None:
-    """Let ``module`` be loaded at its first use.
+    del sys.modules["construct.debug"]
 
-    construct imports the interactive debugger for its ``Debugger`` class, which costs a third of
-    construct's own import time in every server that starts; nobody here uses it.
-    """
-    spec = None if module in sys.modules else importlib.util.find_spec(module)
-    if spec is not None and spec.loader is not None:
-        spec.loader = importlib.util.LazyLoader(spec.loader)
-        lazy = importlib.util.module_from_spec(spec)
-        sys.modules[module] = lazy
-        spec.loader.exec_module(lazy)
-
-
-_defer("pdb")
-
-from construct import Bytes, Int16ub, Int32ub, Int64ub, Struct  # noqa: E402
+from construct import Bytes, Int16ub, Int32ub, Int64ub, Struct
 
 # --- The header (spec: "Header") -------------------------------------------------------------
 
@@ -163,14 +154,7 @@ MAX_LOOKUPS: Final = 1 << 19  # of a read: 64 MiB in clusters of 512 bytes throu
 MAX_EXTENT_LOOKUPS: Final = 1 << 17  # of a request for extents, which may be answered in part
 MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
 
-# Compiled parsers take a third of the time; a table of snapshots has many entries.
-parse_header_v2 = HEADER_V2.compile().parse
-parse_header_v3 = HEADER_V3.compile().parse
-parse_snapshot_fields = SNAPSHOT_FIELDS.compile().parse
-parse_extension = EXTENSION.compile().parse
-parse_crypto_header = CRYPTO_HEADER.compile().parse
-
-# Not even a compiled parser is fast enough for 65,536 entries whenever a client connects.
+# construct is not fast enough for 65,536 entries whenever a client connects.
 unpack_snapshot_head = struct.Struct(
     ">" + "".join(member.fmtstr.removeprefix(">") for member in SNAPSHOT_HEAD.subcons)
 ).unpack

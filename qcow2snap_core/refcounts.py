@@ -134,5 +134,5 @@ def crypto_area(header: Header) -> tuple[int, int] | None:
     where = header.extensions.get(q.EXT_CRYPTO_HEADER, b"")
     if len(where) < 16:
         return None
-    place = q.parse_crypto_header(where)
+    place = q.CRYPTO_HEADER.parse(where)
     return place.offset, place.length

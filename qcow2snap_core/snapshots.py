@@ -15,7 +15,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from . import ondisk as q
@@ -93,16 +92,15 @@ class Proof(NamedTuple):
         return found.digest() == self.digest
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The snapshot table at one moment."""
 
     snapshots: tuple[Snapshot, ...]
     damage: str | None  # why the entries after these could not be read
     torn: bool = False  # the header changed meanwhile: do not believe it
     note: str = ""  # why there are none
-    fields: bytes = field(default=b"", repr=False, compare=False)  # that led to it
-    proof: Proof | None = field(default=None, repr=False)  # of the one that was looked for
+    fields: bytes = b""  # that led to it
+    proof: Proof | None = None  # of the one that was looked for
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -137,7 +135,7 @@ def read_table_once(storage: Storage, wanted: Identity | None = None) -> Table:
     """
     before = read_fields(storage)
     table = _parse(storage, before, wanted)
-    return replace(table, fields=before, torn=read_fields(storage) != before)
+    return table._replace(fields=before, torn=read_fields(storage) != before)
 
 
 def read_fields(storage: Storage) -> bytes:
@@ -149,7 +147,7 @@ def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
     """The entries that can be parsed, and what is wrong with the next one."""
     if len(fields) < q.SNAPSHOT_FIELDS_LENGTH:
         return Table((), "the file ends inside the header")
-    where = q.parse_snapshot_fields(fields)
+    where = q.SNAPSHOT_FIELDS.parse(fields)
     count, offset = where.nb_snapshots, where.snapshots_offset
     if not count:
         return Table((), None)

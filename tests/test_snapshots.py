@@ -71,7 +71,7 @@ def entry(real, id_, name, **more):
 @pytest.mark.parametrize("options", [{"compat": "0.10"}, {"compat": "1.1", "cluster_size": 512}])
 def test_the_table_is_what_qemu_img_lists(tmp_path, options):
     path = create(tmp_path / "disk.qcow2", MiB, **options)
-    assert table(path) == Table((), None)
+    assert table(path)[:2] == ((), None)
     names = ["nightly", "same", "same", "2", "with space", "zwölf", "a/b", "x" * 250]
     for name in names:
         take(path, name)

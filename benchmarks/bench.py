@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the results there too")
     args = parser.parse_args()
-    # An installed package has its bytecode; servers that compile it anew would be measured doing so.
+    # An installed package has its bytecode: do not measure servers that compile it anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     wanted = {
         name: w

@@ -40,8 +40,8 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     allow_dirs: Iterable[str] = (),
     backing_format: str | None = None,
     passphrase: str | bytes | None = None,
-    l2_cache_size: int = Options.l2_cache_size,
-    cluster_cache_size: int = Options.cluster_cache_size,
+    l2_cache_size: int = Options().l2_cache_size,
+    cluster_cache_size: int = Options().cluster_cache_size,
 ) -> Image:
     """Open a qcow2 image; the keywords mean what the plugin's keys mean.  Sizes in bytes; the
     passphrase is the secret itself.

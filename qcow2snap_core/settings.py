@@ -74,8 +74,8 @@ class Settings:
             allow_dirs=tuple(self._allow_dirs),
             backing_format=self._values.get("backing-format"),
             passphrases=self._passphrases,
-            l2_cache_size=self._sizes.get("l2-cache-size", Options.l2_cache_size),
-            cluster_cache_size=self._sizes.get("cluster-cache-size", Options.cluster_cache_size),
+            l2_cache_size=self._sizes.get("l2-cache-size", Options().l2_cache_size),
+            cluster_cache_size=self._sizes.get("cluster-cache-size", Options().cluster_cache_size),
         )
         return open_image(self._values["file"], options)
 

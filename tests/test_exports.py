@@ -26,6 +26,8 @@ def snapshot(id_, name, vm_state_size=0):
         l1_table_offset=0x30000,
         l1_size=1,
         entry_offset=0x50000,
+        entry_length=64,
+        extra_data_size=24,
     )
 
 

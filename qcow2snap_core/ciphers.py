@@ -36,7 +36,11 @@ class Ecb:
         self._contexts: Pool[Any] = Pool(cipher.encryptor if encrypt else cipher.decryptor)
 
     def __call__(self, data: Any) -> memoryview:
-        out = bytearray(len(data) + BLOCK - 1)  # what update_into asks for
+        return self.into(data, bytearray(len(data) + BLOCK - 1))
+
+    def into(self, data: Any, out: bytearray) -> memoryview:
+        """The same, to the start of ``out``, which has room for a block less one byte more: the
+        library asks for it."""
         context = self._contexts.take()
         context.update_into(data, out)
         self._contexts.give(context)

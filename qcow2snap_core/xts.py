@@ -6,7 +6,10 @@ the tweak, the block is plain AES with the first key.
 
 *Many sectors:* the first tweaks of all sectors are one ECB call.  The others come by doubling,
 for all sectors at once with numpy: the first tweak times x gives the second, both times x^2 the
-next two, and so on, five steps to 32.  Then xor, one ECB call for the data, xor.
+next two, and so on, five steps to 32.  Then xor, one ECB call for the data, xor.  The arrays are
+kept from call to call (memory that is new for each costs more page faults than the work takes),
+their innermost axis is the sectors, which is contiguous; and what numpy is slow at is avoided:
+constants that are Python integers, and shifts to the left, which are multiplications here.
 
 *Few sectors:* numpy's calls would cost more than the work.  OpenSSL's own XTS does a sector in
 1.4 us, through ctypes with the GIL kept, where python3-cryptography needs 20 us to set one up.
@@ -28,7 +31,8 @@ from .ciphers import BLOCK, BLOCKS, SECTOR, Ecb, IvGenerator
 from .errors import ImageError
 from .pool import Pool
 
-_MANY: Final = 16 << 10  # bytes from where on numpy is faster
+_MANY: Final = 32 << 10  # bytes from where on numpy is faster
+_AT_ONCE: Final = 256  # sectors; what their arrays take fits in a core's own cache
 
 
 class XtsSectors:
@@ -40,36 +44,86 @@ class XtsSectors:
         self._first_tweaks = Ecb(key[half:], encrypt=True)
         self._generator = generator
         self._few = _few_sectors(key)
+        self._arrays: Pool[_Arrays] = Pool(lambda: _Arrays(_numpy()))
         if self._few is None and _numpy() is None:
             raise ImageError("AES-192 in XTS mode needs numpy: install python3-numpy")
 
     def decrypt(self, view: memoryview, sector: int) -> None:
         """Decrypt whole sectors in place."""
-        count = len(view) // SECTOR
-        ivs = self._generator.ivs(sector, count)
-        numpy = _numpy() if len(view) >= _MANY or self._few is None else None
-        if numpy is not None:
-            self._decrypt_many(numpy, view, self._first_tweaks(ivs), count)
-        elif self._few is not None:
-            self._few.decrypt(view, bytes(ivs))
+        many = (len(view) >= _MANY or self._few is None) and _numpy() is not None
+        step = (_AT_ONCE if many else len(view)) * SECTOR
+        for at in range(0, len(view), step):
+            piece = view[at : at + step]
+            ivs = self._generator.ivs(sector + at // SECTOR, len(piece) // SECTOR)
+            if many:
+                self._decrypt_many(piece, ivs)
+            elif self._few is not None:
+                self._few.decrypt(piece, bytes(ivs))
 
-    def _decrypt_many(self, numpy: Any, view: memoryview, first: memoryview, count: int) -> None:
-        tweaks = numpy.empty((count, BLOCKS, 2), dtype="<u8")
-        tweaks[:, 0] = numpy.frombuffer(first, dtype="<u8").reshape(count, 2)
-        have = 1
-        while have < BLOCKS:
-            low, high = tweaks[:, :have, 0], tweaks[:, :have, 1]
-            # What the shift carries out at the top comes back as x^128 = x^7 + x^2 + x + 1.
-            carry = high >> (64 - have)
-            carry ^= carry << 1 ^ carry << 2 ^ carry << 7
-            tweaks[:, have : 2 * have, 0] = low << have ^ carry
-            tweaks[:, have : 2 * have, 1] = high << have ^ low >> (64 - have)
-            have *= 2
+    def _decrypt_many(self, view: memoryview, ivs: bytes | memoryview) -> None:
+        arrays = self._arrays.take()
+        arrays.decrypt(view, self._first_tweaks(ivs), self._decrypt)
+        self._arrays.give(arrays)
+
+
+class _Arrays:
+    """The working memory for sectors that are decrypted at once, and how that is done."""
+
+    def __init__(self, numpy: Any) -> None:
+        self._np = numpy
+        # By block in the sector, then by sector: the tweaks' halves, and what is carried between.
+        self._low = numpy.empty((BLOCKS, _AT_ONCE), "<u8")
+        self._high = numpy.empty_like(self._low)
+        self._carry = numpy.empty((BLOCKS // 2, _AT_ONCE), "<u8")
+        # As the data lie: by sector, then by block.
+        self._tweaks = numpy.empty((_AT_ONCE, BLOCKS, 2), "<u8")
+        self._mixed = numpy.empty(_AT_ONCE * SECTOR // 8, "<u8")
+        self._plain = bytearray(_AT_ONCE * SECTOR + BLOCK - 1)
+
+        def constant(n: int) -> Any:
+            return numpy.array(n, "<u8")
+
+        self._2_to_5 = constant(1 << 5)
+        # (tweaks there are, what their product with 2^that shifts out, 2^that)
+        self._doublings = [(n, constant(64 - n), constant(1 << n)) for n in (1, 2, 4, 8, 16)]
+
+    def decrypt(self, view: memoryview, first: memoryview, ecb: Ecb) -> None:
+        """Decrypt at most ``_AT_ONCE`` sectors in place; ``first`` has the first tweak of each."""
+        np, count = self._np, len(view) // SECTOR
+        self._multiply(first, count)
+        tweaks = self._tweaks[:count]
+        tweaks[:, :, 0] = self._low[:, :count].T
+        tweaks[:, :, 1] = self._high[:, :count].T
         flat = tweaks.reshape(-1)
-        data = numpy.frombuffer(view, dtype="<u8")
-        mixed = data ^ flat
-        plain = numpy.frombuffer(self._decrypt(memoryview(mixed).cast("B")), dtype="<u8")
-        numpy.bitwise_xor(plain, flat, out=data)
+        data = np.frombuffer(view, "<u8")
+        mixed = np.bitwise_xor(data, flat, out=self._mixed[: len(data)])
+        plain = ecb.into(memoryview(mixed).cast("B"), self._plain)
+        np.bitwise_xor(np.frombuffer(plain, "<u8"), flat, out=data)
+
+    def _multiply(self, first: memoryview, count: int) -> None:
+        """All tweaks of the sectors from the first of each."""
+        np = self._np
+        add, xor, multiply, right = np.add, np.bitwise_xor, np.multiply, np.right_shift
+        start = np.frombuffer(first, "<u8").reshape(count, 2)
+        self._low[0, :count], self._high[0, :count] = start[:, 0], start[:, 1]
+        for have, back, times in self._doublings:
+            low, high = self._low[:have, :count], self._high[:have, :count]
+            new_low = self._low[have : 2 * have, :count]
+            new_high = self._high[have : 2 * have, :count]
+            carry = self._carry[:have, :count]
+            multiply(low, times, out=new_low)
+            multiply(high, times, out=new_high)
+            right(low, back, out=carry)
+            xor(new_high, carry, out=new_high)
+            # What is shifted out at the top comes back as x^128 = x^7 + x^2 + x + 1.
+            right(high, back, out=carry)
+            xor(new_low, carry, out=new_low)
+            add(carry, carry, out=carry)
+            xor(new_low, carry, out=new_low)
+            add(carry, carry, out=carry)
+            xor(new_low, carry, out=new_low)
+            multiply(carry, self._2_to_5, out=carry)
+            xor(new_low, carry, out=new_low)
 
 
 def _few_sectors(key: bytes) -> _OpenSsl | _Library | None:

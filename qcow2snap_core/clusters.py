@@ -17,7 +17,7 @@ from .errors import ImageError
 from .storage import Buffer, Storage
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
-ClusterCache = BoundedCache[tuple[int, int], "bytes | bytearray"]
+ClusterCache = BoundedCache[tuple[int, int], bytearray]
 
 _DECRYPTED: Final = 1 << 20  # at once
 _ZEROS = memoryview(bytes(1 << 20))
@@ -70,15 +70,29 @@ class Clusters:
         self, view: memoryview, entry: int, token: int, guest: int, within: int
     ) -> None:
         """Fill ``view`` from byte ``within`` of the compressed cluster at guest offset ``guest``,
-        decoding it unless it is in the cache."""
+        decoding it unless it is in the cache.
+
+        Who asks for all of a cluster will not ask for it again soon: it is decoded where it is
+        wanted, and what others read in small pieces stays in the cache.
+        """
         cluster = self._cache.get((token, guest))
         if cluster is None:
+            if len(view) == self._size:
+                self._decode(entry, view)
+                return
             cluster = self.load(entry, token, guest)
         view[:] = memoryview(cluster)[within : within + len(view)]
 
-    def load(self, entry: int, token: int, guest: int) -> bytes | bytearray:
+    def load(self, entry: int, token: int, guest: int) -> bytearray:
         """The decoded cluster, which the cache then holds."""
-        return self._cache.load((token, guest), lambda: self._decode(entry), self._size)
+
+        def decoded() -> bytearray:
+            data = bytearray(self._size)
+            with memoryview(data) as target:
+                self._decode(entry, target)
+            return data
+
+        return self._cache.load((token, guest), decoded, self._size)
 
     def will_need(self, host: int, length: int) -> None:
         """Start to fetch standard clusters from the disk."""
@@ -99,14 +113,14 @@ class Clusters:
 
     # --- Inside ---
 
-    def _decode(self, entry: int) -> bytes | bytearray:
+    def _decode(self, entry: int, target: memoryview) -> None:
         offset, length = self.stream(entry)
         self._check_start(offset)
         stream = self._file.read(length, offset)
         if len(stream) < length:
             self._check_stream(offset, length, _end(self._file, offset, len(stream)))
         try:
-            return self._codec.decode(stream, self._size)
+            self._codec.decode_into(stream, target)
         except ImageError as e:
             raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
 

@@ -11,26 +11,35 @@ import ctypes
 import zlib
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from .errors import ImageError
 from .pool import Pool
 
 
-class Codec(Protocol):
+class Codec:
     """One way to decode one compression format; safe to use from several threads."""
 
-    def decode(self, stream: bytes, size: int) -> bytes | bytearray:
-        """The ``size`` bytes that ``stream`` decodes to; trailing bytes are ignored.
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        """Fill ``target`` with what ``stream`` decodes to; trailing bytes are ignored.
 
-        Raises ImageError for a stream that does not give exactly that.
+        Raises ImageError for a stream that does not give exactly that much.
         """
+        raise NotImplementedError
+
+    def decode(self, stream: bytes, size: int) -> bytearray:
+        """The ``size`` bytes that ``stream`` decodes to; raises as :meth:`decode_into`."""
+        data = bytearray(size)
+        with memoryview(data) as target:
+            self.decode_into(stream, target)
+        return data
 
 
-class Zlib:
+class Zlib(Codec):
     """Raw deflate in a window of 4 KiB (QEMU: qcow2_zlib_decompress)."""
 
-    def decode(self, stream: bytes, size: int) -> bytes:
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        size = len(target)
         decoder = zlib.decompressobj(wbits=-12)
         try:
             # One byte more than there may be, so that the end of the stream is seen too.
@@ -41,10 +50,10 @@ class Zlib:
             raise _too_long()
         if len(data) < size or not decoder.eof:
             raise _too_short(len(data), size)
-        return data
+        target[:] = data
 
 
-class Libdeflate:
+class Libdeflate(Codec):
     """The same format by libdeflate, which decodes a whole buffer at once: three times zlib's
     speed on clusters of 64 KiB.  Raises OSError where the library is not installed."""
 
@@ -65,14 +74,14 @@ class Libdeflate:
         ]
         self._contexts: Pool[int] = Pool(library.libdeflate_alloc_decompressor)
 
-    def decode(self, stream: bytes, size: int) -> bytearray:
-        data = bytearray(size)
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        size = len(target)
         got = ctypes.c_size_t()
         context = self._contexts.take()
         if not context:
             raise MemoryError
-        target = (ctypes.c_char * size).from_buffer(data)
-        failed = self._decompress(context, stream, len(stream), target, size, ctypes.byref(got))
+        start = (ctypes.c_char * size).from_buffer(target)
+        failed = self._decompress(context, stream, len(stream), start, size, ctypes.byref(got))
         self._contexts.give(context)
         if failed == self._INSUFFICIENT_SPACE:
             raise _too_long()
@@ -80,10 +89,9 @@ class Libdeflate:
             raise ImageError("its deflate stream is damaged or ends too early")
         if got.value < size:
             raise _too_short(got.value, size)
-        return data
 
 
-class Zstd:
+class Zstd(Codec):
     """One zstd frame, with or without its size in it (QEMU: qcow2_zstd_decompress)."""
 
     # A window is memory of the decoder.  A frame that gives its size is decoded without one, and
@@ -107,7 +115,8 @@ class Zstd:
         self._large = zstandard.ZstdDecompressor(max_window_size=self._MAX_WINDOW)
         self._one_large = Lock()
 
-    def decode(self, stream: bytes, size: int) -> bytearray:
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        size = len(target)
         data = bytearray(size + 1)  # as for Zlib
         try:
             if self._parameters(stream).window_size > self._USUAL_WINDOW:
@@ -125,8 +134,7 @@ class Zstd:
             raise _too_long()
         if got < size:
             raise _too_short(got, size)
-        del data[size:]
-        return data
+        target[:] = memoryview(data)[:size]
 
     @staticmethod
     def _read(context: Any, stream: bytes, data: bytearray) -> int:

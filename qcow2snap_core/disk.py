@@ -57,8 +57,8 @@ class Layer(Protocol):
     def below(self) -> Layer | None:
         """The next one."""
 
-    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
-        """Fill the view; the range lies inside the layer.  Raises ImageError, StorageError."""
+    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+        """Fill the buffer; the range lies inside the layer.  Raises ImageError, StorageError."""
 
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
@@ -73,9 +73,9 @@ class RawLayer:
         self.size = storage.size()
         self._storage = storage
 
-    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
-        got = self._storage.read_into(view, offset)
-        if got < len(view):
+    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+        got = self._storage.read_into(buffer, offset)
+        if got < len(buffer):
             raise self._shrunk()
 
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
@@ -212,8 +212,8 @@ class Disk:
 
     # --- What a layer does (class Layer) ---
 
-    def fill(self, view: memoryview, offset: int, work: Work | None = None) -> None:
-        self._fill(view, offset, work)
+    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+        self._fill(buffer, offset, work)
 
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         for cell in self.cells(offset, length, work):
@@ -252,27 +252,17 @@ class Disk:
             work.left -= 1
         try:
             kind, host, n = self._mapping.run(guest, length)
-            if kind == DATA and n == length:
-                self._clusters.read(buffer, host, guest)
+            if n == length:
+                self._fill_run(buffer, kind, host, guest, work)
                 return
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
         view = memoryview(buffer).cast("B")
         work = work or Work(q.MAX_LOOKUPS)
+        start = guest
         for kind, host, guest, n in self._runs(offset, length, work):
-            start = guest - self._base
-            piece = view[start - offset : start - offset + n]
             try:
-                if kind == DATA:
-                    self._clusters.read(piece, host, guest)
-                elif kind == COMPRESSED:
-                    within = guest & (self.cluster_size - 1)
-                    token = self._mapping.token
-                    self._clusters.read_compressed(piece, host, token, guest - within, within)
-                elif kind == UNALLOCATED and self._below is not None:
-                    self._fill_from_below(piece, start, self._below, work)
-                else:
-                    fill_zeros(piece)
+                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
         if work.left < 0:
@@ -281,11 +271,28 @@ class Disk:
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
 
-    def _fill_from_below(self, view: memoryview, offset: int, below: Layer, work: Work) -> None:
-        inside = max(0, min(len(view), below.size - offset))
-        if inside:
-            below.fill(view[:inside], offset, work)
-        fill_zeros(view[inside:])
+    def _fill_run(
+        self, buffer: Buffer, kind: int, entry: int, guest: int, work: Work | None
+    ) -> None:
+        """Fill a buffer from one run of the mapping."""
+        if kind == DATA:
+            self._clusters.read(buffer, entry, guest)
+        elif kind == COMPRESSED:
+            within = guest & (self.cluster_size - 1)
+            view = memoryview(buffer).cast("B")
+            token = self._mapping.token
+            self._clusters.read_compressed(view, entry, token, guest - within, within)
+        elif kind == UNALLOCATED and self._below is not None:
+            offset = guest - self._base
+            inside = max(0, min(len(buffer), self._below.size - offset))
+            if inside < len(buffer):
+                buffer = memoryview(buffer).cast("B")
+                fill_zeros(buffer[inside:])
+                buffer = buffer[:inside]
+            if inside:
+                self._below.fill(buffer, offset, work)
+        else:
+            fill_zeros(memoryview(buffer).cast("B"))
 
     def _runs(
         self, offset: int, length: int, work: Work | None = None

@@ -1,0 +1,148 @@
+"""Which parts of the disk a snapshot shares with older and newer ones, and which it has alone.
+
+The disk is cut into cells of equal size; for each cell and owner (a snapshot, or the active disk)
+four questions are answered, from the tables alone.  As in :mod:`.space`, a cluster of the file
+stands at one guest offset only, so sharing can be seen by comparing the tables at equal indexes.
+An L2 table that all owners share is not read, unless a cell is smaller than what it maps: then the
+number of cells bounds the work.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from enum import Flag, auto
+from typing import Final, NamedTuple
+
+from . import ondisk as q
+from .disk import Disk
+from .errors import ImageError
+from .image import Image
+from .mapping import Mapping, Slice
+from .snapshots import Snapshot
+from .space import sorted_out
+
+_L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
+_L2_ENTRIES: Final = 1 << 18  # of the L2 tables of one cell; an entry takes 100 bytes
+_STRIDE: Final = 64  # entries compared at a time
+_COMMON: Final = -1  # stands for all entries that are equal in all tables
+
+_Entries = set[int]  # host offsets, and whole entries of compressed clusters
+
+
+class Holds(Flag):
+    """What an owner has in a cell, in this image file."""
+
+    NOTHING = 0
+    OWN = auto()  # something that nobody else has
+    OLDER = auto()  # something that an older snapshot has as well
+    NEWER = auto()  # something that a newer snapshot, or the active disk, has as well
+    UNKNOWN = auto()  # its tables are damaged
+
+
+class Strip(NamedTuple):
+    """One owner's cells, as far as its disk reaches."""
+
+    snapshot: Snapshot | None  # None: the active disk
+    cells: list[Holds]
+
+
+class Picture(NamedTuple):
+    """The strips of all snapshots in the table's order, the active disk's last."""
+
+    cell: int  # bytes
+    strips: list[Strip]
+
+
+def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
+    """At most ``most`` cells, each a power of two of clusters; ``snapshots`` are all there are.
+
+    Raises ImageError when there is no L1 table to look at, or a snapshot is deleted meanwhile.
+    """
+    disks = [*(image.disk(s) for s in snapshots), image.active_disk()]
+    largest = max(d.size for d in disks)
+    cell = image.header.cluster_size
+    while cell * most < largest:
+        cell *= 2
+    cells = [[Holds.NOTHING] * -(-d.size // cell) for d in disks]
+    for at, found in _cells(disks, cell, -(-largest // cell)):
+        for own, holds in zip(cells, found, strict=True):
+            if at < len(own):
+                own[at] |= holds
+    for disk in disks:
+        disk.check()
+    owners = [*snapshots, None]
+    return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
+
+
+def _cells(disks: Sequence[Disk], cell: int, count: int) -> Iterator[tuple[int, list[Holds]]]:
+    """(number of a cell, what each owner has in some part of it)."""
+    mappings = [d.mapping for d in disks]
+    span = mappings[0].bytes_per_l1_entry
+    entries = -(-count * cell // span)
+    step = max(64, _L1_ENTRIES // len(mappings))
+    for first in range(0, entries, step):
+        parts = [m.l1_entries(first, min(step, entries - first)) for m in mappings]
+        for index, column in enumerate(zip(*parts, strict=True), first):
+            tables = [entry & q.OFFSET_MASK for entry in column]
+            if any(tables):
+                for at, found in _behind(mappings[0], tables, cell):
+                    yield index * span // cell + at, found
+
+
+def _behind(
+    mapping: Mapping, tables: Sequence[int], cell: int
+) -> Iterator[tuple[int, list[Holds]]]:
+    """The same behind one L1 index, cells counted from there; ``mapping`` is any, since L2 tables
+    are read alike whoever leads to them."""
+    distinct = {*tables} - {0}
+    per_cell = min(mapping.l2_entries, cell // mapping.cluster_size)
+    if per_cell == mapping.l2_entries and len(distinct) == 1:
+        yield 0, _compared([distinct if table else set() for table in tables])
+        return
+    step = min(per_cell, max(_STRIDE, _L2_ENTRIES // len(distinct)))
+    for first in range(0, mapping.l2_entries, step):
+        parts: dict[int, Slice[int] | None] = {}
+        for table in distinct:
+            try:
+                parts[table] = mapping.l2_part(table, first, step)
+            except ImageError:
+                parts[table] = None
+        known = {table: part for table, part in parts.items() if part is not None}
+        stored = dict(zip(known, _stored(list(known.values())), strict=True))
+        sets = [stored.get(table) if table else set() for table in tables]
+        yield first // per_cell, _compared(sets)
+
+
+def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
+    """What each part of a table leads to; all that is common to all parts may be one entry."""
+    common = False
+    kept: list[Slice[int]] = [array("Q") for _ in parts]
+    for at in range(0, len(parts[0]) if parts else 0, _STRIDE):
+        pieces = [part[at : at + _STRIDE] for part in parts]
+        if all(piece == pieces[0] for piece in pieces):
+            common = common or any(sorted_out(pieces[0]))
+        else:
+            for part, piece in zip(kept, pieces, strict=True):
+                part.extend(piece)
+    return [{*({_COMMON} if common else ())}.union(*sorted_out(part)) for part in kept]
+
+
+def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
+    """What each owner has, from the oldest on; None if that is unknown."""
+    found = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
+    fresh: list[_Entries] = []
+    met: _Entries = set()
+    for k, entries in enumerate(owners):
+        fresh.append((entries or set()) - met)
+        if entries and not entries.isdisjoint(met):
+            found[k] |= Holds.OLDER
+        met |= entries or set()
+    met = set()
+    for k, entries in reversed(list(enumerate(owners))):
+        if fresh[k] - met:
+            found[k] |= Holds.UNKNOWN if None in owners else Holds.OWN
+        if entries and not entries.isdisjoint(met):
+            found[k] |= Holds.NEWER
+        met |= entries or set()
+    return found

@@ -26,6 +26,8 @@ from .pool import Pool
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
 
+_FARTHEST: Final = 1 << 63  # the kernel's offsets end here; numbers in an image may go on
+
 Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
 
 
@@ -145,6 +147,8 @@ class File:
         return got
 
     def read(self, length: int, offset: int) -> bytes:
+        if offset >= _FARTHEST:
+            return b""
         try:
             data = os.pread(self._fd, length, offset)
             while data and len(data) < length:
@@ -245,6 +249,8 @@ class BlockDevice:
         return n
 
     def read(self, length: int, offset: int) -> bytes:
+        if offset >= _FARTHEST:
+            return b""
         data = bytearray(length)
         return bytes(memoryview(data)[: self.read_into(data, offset)])
 

@@ -28,7 +28,7 @@ def _defer(module: str) -> None:
 
 _defer("pdb")
 
-from construct import Bytes, Int16ub, Int32ub, Int64ub, Struct  # noqa: E402
+from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Struct  # noqa: E402
 
 # --- The header (spec: "Header") -------------------------------------------------------------
 
@@ -74,6 +74,7 @@ INCOMPAT_DATA_FILE: Final = 1 << 2
 INCOMPAT_COMPRESSION: Final = 1 << 3
 INCOMPAT_EXTL2: Final = 1 << 4
 
+AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW: Final = 1 << 1
 
 COMPRESSION_ZLIB: Final = 0
@@ -93,8 +94,30 @@ EXT_BACKING_FORMAT: Final = 0xE2792ACA
 EXT_FEATURE_TABLE: Final = 0x6803F857
 EXT_CRYPTO_HEADER: Final = 0x0537BE77
 EXT_DATA_FILE: Final = 0x44415441
+EXT_BITMAPS: Final = 0x23852875
 
 CRYPTO_HEADER: Final = Struct("offset" / Int64ub, "length" / Int64ub)
+
+BITMAPS: Final = Struct(
+    "nb_bitmaps" / Int32ub,
+    "reserved" / Int32ub,
+    "directory_size" / Int64ub,
+    "directory_offset" / Int64ub,
+)
+BITMAPS_LENGTH: Final = 24
+
+# The beginning of a bitmap's entry in the directory; extra data and the name follow, and padding
+# to a multiple of eight bytes.
+BITMAP_HEAD: Final = Struct(
+    "table_offset" / Int64ub,
+    "table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+BITMAP_HEAD_LENGTH: Final = 24
 
 # A row of the feature name table: kind of feature, bit number, name padded with NUL.
 FEATURE_NAME_LENGTH: Final = 48
@@ -152,4 +175,6 @@ parse_header_v3 = HEADER_V3.compile().parse
 parse_snapshot_fields = SNAPSHOT_FIELDS.compile().parse
 parse_extension = EXTENSION.compile().parse
 parse_crypto_header = CRYPTO_HEADER.compile().parse
+parse_bitmaps = BITMAPS.compile().parse
+parse_bitmap_head = BITMAP_HEAD.compile().parse
 parse_snapshot_head = SNAPSHOT_HEAD.compile().parse

@@ -120,7 +120,7 @@ def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
     kept: list[Slice[int]] = [array("Q") for _ in parts]
     for at in range(0, len(parts[0]) if parts else 0, _STRIDE):
         pieces = [part[at : at + _STRIDE] for part in parts]
-        if all(piece == pieces[0] for piece in pieces):
+        if pieces.count(pieces[0]) == len(pieces):
             common = common or any(sorted_out(pieces[0]))
         else:
             for part, piece in zip(kept, pieces, strict=True):

@@ -185,7 +185,7 @@ def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
     kept: list[Slice[int]] = [array("Q") for _ in parts]
     for at in range(0, len(parts[0]), _STRIDE):
         pieces = [part[at : at + _STRIDE] for part in parts]
-        if any(piece != pieces[0] for piece in pieces):
+        if pieces.count(pieces[0]) < len(pieces):
             for part, piece in zip(kept, pieces, strict=True):
                 part.extend(piece)
     return kept

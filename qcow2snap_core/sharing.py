@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import Flag, auto
 from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .disk import Disk
-from .errors import ImageError
+from .errors import ImageError, SnapshotGone
 from .image import Image
 from .mapping import Mapping, Slice
 from .snapshots import Snapshot
@@ -57,48 +58,75 @@ class Picture(NamedTuple):
 def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
     """At most ``most`` cells, each a power of two of clusters; ``snapshots`` are all there are.
 
-    Raises ImageError when there is no L1 table to look at, or a snapshot is deleted meanwhile.
+    Raises SnapshotGone when one of them is deleted meanwhile.
     """
-    disks = [*(image.disk(s) for s in snapshots), image.active_disk()]
-    largest = max(d.size for d in disks)
+    disks = [_disk(image, owner) for owner in (*snapshots, None)]
+    largest = max(disk.size if disk else 0 for disk in disks)
     cell = image.header.cluster_size
     while cell * most < largest:
         cell *= 2
-    cells = [[Holds.NOTHING] * -(-d.size // cell) for d in disks]
-    for at, found in _cells(disks, cell, -(-largest // cell)):
+    count = -(-largest // cell)
+    cells = [
+        [Holds.NOTHING] * -(-disk.size // cell) if disk else [Holds.UNKNOWN] * count
+        for disk in disks
+    ]
+    for at, found in _cells(disks, cell, count):
         for own, holds in zip(cells, found, strict=True):
             if at < len(own):
                 own[at] |= holds
     for disk in disks:
-        disk.check()
+        if disk:
+            disk.check()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
 
 
-def _cells(disks: Sequence[Disk], cell: int, count: int) -> Iterator[tuple[int, list[Holds]]]:
+def _disk(image: Image, owner: Snapshot | None) -> Disk | None:
+    """None if it is damaged."""
+    try:
+        return image.active_disk() if owner is None else image.disk(owner)
+    except SnapshotGone:
+        raise
+    except ImageError:
+        return None
+
+
+def _cells(
+    disks: Sequence[Disk | None], cell: int, count: int
+) -> Iterator[tuple[int, list[Holds]]]:
     """(number of a cell, what each owner has in some part of it)."""
-    mappings = [d.mapping for d in disks]
-    span = mappings[0].bytes_per_l1_entry
+    mappings = [disk.mapping if disk else None for disk in disks]
+    known = next((m for m in mappings if m), None)
+    if known is None:
+        return
+    span = known.bytes_per_l1_entry
     entries = -(-count * cell // span)
     step = max(64, _L1_ENTRIES // len(mappings))
     for first in range(0, entries, step):
-        parts = [m.l1_entries(first, min(step, entries - first)) for m in mappings]
-        for index, column in enumerate(zip(*parts, strict=True), first):
-            tables = [entry & q.OFFSET_MASK for entry in column]
+        parts = [_tables(m, first, min(step, entries - first)) for m in mappings]
+        for index, tables in enumerate(zip(*parts, strict=True), first):
             if any(tables):
-                for at, found in _behind(mappings[0], tables, cell):
+                for at, found in _behind(known, tables, cell):
                     yield index * span // cell + at, found
 
 
+def _tables(mapping: Mapping | None, first: int, count: int) -> Sequence[int | None]:
+    """The host offsets of L2 tables, 0 where there is none, None where that is unknown."""
+    if mapping is not None:
+        with suppress(ImageError):
+            return [e & q.OFFSET_MASK for e in mapping.l1_entries(first, count)]
+    return [None] * count
+
+
 def _behind(
-    mapping: Mapping, tables: Sequence[int], cell: int
+    mapping: Mapping, tables: Sequence[int | None], cell: int
 ) -> Iterator[tuple[int, list[Holds]]]:
     """The same behind one L1 index, cells counted from there; ``mapping`` is any, since L2 tables
     are read alike whoever leads to them."""
-    distinct = {*tables} - {0}
+    distinct = {table for table in tables if table}
     per_cell = min(mapping.l2_entries, cell // mapping.cluster_size)
     if per_cell == mapping.l2_entries and len(distinct) == 1:
-        yield 0, _compared([distinct if table else set() for table in tables])
+        yield 0, _compared([None if table is None else {table} - {0} for table in tables])
         return
     step = min(per_cell, max(_STRIDE, _L2_ENTRIES // len(distinct)))
     for first in range(0, mapping.l2_entries, step):
@@ -110,7 +138,7 @@ def _behind(
                 parts[table] = None
         known = {table: part for table, part in parts.items() if part is not None}
         stored = dict(zip(known, _stored(list(known.values())), strict=True))
-        sets = [stored.get(table) if table else set() for table in tables]
+        sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
         yield first // per_cell, _compared(sets)
 
 

@@ -135,6 +135,16 @@ def test_a_table_that_cannot_be_read_is_a_question_mark(disk: Path) -> None:
     assert lines[4].endswith("? damaged")
 
 
+def test_a_snapshot_that_is_damaged_hides_no_other(disk: Path) -> None:
+    """Without its L1 table nobody knows what it shares; a cell of the others may be its own."""
+    damage.put64(disk, qemu.snapshots(disk)["monday"].sighting.entry_offset, 1)
+    assert strips(disk)[:3] == [
+        "1  monday   ????????????????",
+        "2  tuesday  ╷╷??╷···?╷··╷···",
+        "   @active  ╵╵??╵····╵··╵···",
+    ]
+
+
 def test_an_image_without_snapshots(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", 128 * KiB)
     qemu.io(path, "write 0 64k")

@@ -112,13 +112,15 @@ def test_each_strip_is_as_long_as_its_disk(disk: Path) -> None:
 
 
 def test_large_disks_and_tables_that_all_share(tmp_path: Path) -> None:
-    """One that all have is garbage, and nobody notices: it is not read."""
+    """One that all have is not there at all, and nobody notices: it is not read."""
     path = qemu.create(tmp_path / "disk.qcow2", 32 * GiB)
     qemu.io(path, "write 0 64k", "write 16G 64k", "write 31G 64k")
     qemu.take(path, "old")
     qemu.io(path, "write 16G 64k")
     qemu.take(path, "new")
-    qemu.patch(path, damage.l2_table(path, "old", 0), b"\x7f" * 64 * KiB)
+    active = qemu.field64(path, 40)
+    for entry in (damage.l1_entry(path, "old", 0), damage.l1_entry(path, "new", 0), active):
+        damage.put64(path, entry, damage.END_OF_FILE)
     assert strips(path, 28)[:4] == [
         "1  old      ╷·······█······╷",
         "2  new      │·······╷······│",

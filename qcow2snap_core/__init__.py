@@ -1,12 +1,15 @@
 """qcow2snap_core: read the internal snapshots of qcow2 images.
 
-import qcow2snap_core
+>>> import qcow2snap_core
+>>> with qcow2snap_core.open("disk.qcow2") as image:
+...     for snapshot in image.snapshots:
+...         print(snapshot.id, snapshot.name)
+...     disk = image.snapshot("nightly")
+...     first_sector = disk.pread(512, 0)
+1 weekly
+2 nightly
 
-with qcow2snap_core.open("disk.qcow2") as image:
-    for snapshot in image.snapshots:
-        print(snapshot.id, snapshot.name)
-    disk = image.snapshot("nightly")
-    first_sector = disk.pread(512, 0)
+The whole of it is in docs/library.md.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer
 from .errors import UsageError, shown
 from .image import Image
 from .interrupts import check
+from .locks import check_quiet
 from .outputs import check_other, check_space, output
 from .progress import Advance, progress
-from .qemu import check_unused, qemu_img, writable
+from .qemu import qemu_img, writable
 from .snapshots import Snapshot, read_table
 from .transfer import Plan, RawSource, Source, merged, transfer, whole
 
@@ -54,7 +55,7 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
     Raises UsageError before anything is written when that cannot be done.
     """
     _check_directory(directory)
-    check_unused(image.path)
+    check_quiet(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
@@ -74,6 +75,7 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
                 _create(image, path, part.size, backing)
                 _write(part, path, advance)
                 backing = _relative(part.name + ENDING), "qcow2"
+        check_quiet(image.files)
     return [part.name + ENDING for part in parts]
 
 
@@ -162,7 +164,7 @@ def join(top: Image, out: str, warn: Warn) -> list[str]:
     Raises UsageError before anything is written when that cannot be done.
     """
     check_other(top.files, out)
-    check_unused(top.path)
+    check_quiet(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]
     _warn_of_encryption(top, warn)
@@ -180,6 +182,7 @@ def join(top: Image, out: str, warn: Warn) -> list[str]:
                 _write(part, temporary, advance, grown_from=size)
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
+        check_quiet(top.files)
     return [part.name for part in parts]
 
 

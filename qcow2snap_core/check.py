@@ -14,37 +14,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
 from operator import gt, or_
-from typing import Final, NamedTuple
 
 from . import ondisk as q
-from .disk import Disk
+from .claims import Claims
 from .errors import ImageError
+from .findings import (
+    ACTIVE,
+    BAD_ENTRY,
+    BAD_TABLE,
+    IN_PLACE,
+    MOST,
+    NOT_COUNTED,
+    OVERLAP,
+    Finding,
+    Findings,
+    Owner,
+    TooManyError,
+)
 from .image import Image
-from .refcounts import Refcounts, Uses, crypto_area, integers, past_end
+from .refcounts import Refcounts, Uses, integers
 from .snapshots import Snapshot
-
-ACTIVE: Final = "@active"
-MOST: Final = 1000  # findings; a lost table can make millions
-
-# The kinds of findings.
-BAD_TABLE: Final = "table"  # a table that cannot be read or believed
-BAD_ENTRY: Final = "entry"  # out of bounds, unaligned, reserved bits
-OVERLAP: Final = "overlap"
-NOT_COUNTED: Final = "refcount"
-IN_PLACE: Final = "copied"
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong."""
-
-    problem: str
-    message: str
-    snapshots: tuple[str, ...] = ()  # whose it is: IDs, or @active
-    host: int | None = None  # host offset
-
-
-class TooManyError(Exception):
-    """There are enough findings."""
 
 
 def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
@@ -53,40 +42,32 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
 
     Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
     """
-    run = _Check(image, chosen)
+    findings = Findings()
+    run = _Check(image, chosen, findings)
     with suppress(TooManyError):
         run.all()
     for owner in run.owners:
         owner.disk.check()
-    return run.findings
-
-
-class _Owner(NamedTuple):
-    id: str
-    disk: Disk
+    return findings.all
 
 
 class _Check:
-    def __init__(self, image: Image, chosen: Snapshot | None) -> None:
-        self.findings: list[Finding] = []
-        self.owners: list[_Owner] = []  # who is checked
-        self._others: list[_Owner] = []  # whose tables others' data must not lie on
+    def __init__(self, image: Image, chosen: Snapshot | None, findings: Findings) -> None:
+        self._findings = findings
+        self.owners: list[Owner] = []  # who is checked
+        self._others: list[Owner] = []  # whose tables others' data must not lie on
         self._image = image
         self._chosen = chosen
         self._bits = image.header.cluster_bits
         self._data_file = image.header.has_data_file
-        self._end = past_end(image.storage, image.header.cluster_size)
-        self._claims: dict[int, str] = {}  # cluster: whose metadata
         self._uses = Uses()
+        self._claims = Claims(image, self._uses, self._findings)
         # {host offset of an L2 table: (L1 index, owners)}
-        self._tables: dict[int, tuple[int, list[_Owner]]] = {}
+        self._tables: dict[int, tuple[int, list[Owner]]] = {}
 
     def all(self) -> None:
-        refcounts = self._claim_refcounts()
-        self._claim("the header", 0, 1)
-        area = crypto_area(self._image.header)
-        if area is not None:
-            self._claim("the LUKS header", *area)
+        refcounts = self._claims.claim_refcounts()
+        self._claims.claim_header()
         self._claim_snapshots()
         for owner in self.owners:
             self._claim_l2_tables(owner)
@@ -98,67 +79,23 @@ class _Check:
         if refcounts is not None and not self._image.header.dirty:
             self._compare(refcounts)
 
-    def _found(
-        self, problem: str, message: str, owners: Sequence[_Owner] = (), host: int | None = None
-    ) -> None:
-        self.findings.append(Finding(problem, message, tuple(o.id for o in owners), host))
-        if len(self.findings) == MOST:
-            raise TooManyError
-
     # --- Metadata ---
-
-    def _claim(self, what: str, offset: int, length: int, owners: Sequence[_Owner] = ()) -> None:
-        """Count the clusters of an area, and report what else is there."""
-        if offset + length > self._end or offset % self._image.header.cluster_size:
-            wrong = (
-                "lies past the end of the file" if offset + length > self._end else "is unaligned"
-            )
-            self._found(
-                BAD_TABLE,
-                f"{what} at host offset {offset:#x} {wrong}",
-                owners,
-                offset,
-            )
-            return
-        for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
-            self._uses.add(cluster, 1)
-            other = self._claims.setdefault(cluster, what)
-            if other is not what:
-                host = cluster << self._bits
-                self._found(
-                    OVERLAP, f"{what} overlaps {other} at host offset {host:#x}", owners, host
-                )
-
-    def _claim_refcounts(self) -> Refcounts | None:
-        try:
-            refcounts = Refcounts(self._image.storage, self._image.header)
-        except ImageError as e:
-            self._found(BAD_TABLE, str(e))
-            return None
-        self._claim("the refcount table", refcounts.table_offset, refcounts.table_bytes)
-        for number, offset in refcounts.blocks():
-            try:
-                refcounts.block(number)
-            except ImageError as e:
-                self._found(BAD_TABLE, str(e), (), offset)
-            else:
-                self._claim(f"refcount block {number}", offset, 1)
-        return refcounts
 
     def _claim_snapshots(self) -> None:
         table = self._image.table()
         if table.damage:
-            self._found(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
+            self._findings.add(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
         if table.snapshots:
             first = table.snapshots[0].entry_offset
             last = table.snapshots[-1]
-            self._claim("the snapshot table", first, last.entry_offset + last.entry_length - first)
+            end = last.entry_offset + last.entry_length
+            self._claims.claim("the snapshot table", first, end - first)
         for snapshot in table.snapshots:
             try:
-                owner = _Owner(snapshot.id, self._image.disk(snapshot))
+                owner = Owner(snapshot.id, self._image.disk(snapshot))
             except ImageError as e:
                 if self._chosen in (None, snapshot):
-                    self._found(BAD_TABLE, str(e))
+                    self._findings.add(BAD_TABLE, str(e))
                 continue
             if self._chosen is None or snapshot.identity == self._chosen.identity:
                 self.owners.append(owner)
@@ -166,72 +103,72 @@ class _Check:
                 self._others.append(owner)
             self._claim_l1(owner, snapshot.l1_table_offset, snapshot.l1_size)
         try:
-            active = _Owner(ACTIVE, self._image.active_disk())
+            active = Owner(ACTIVE, self._image.active_disk())
         except ImageError as e:
             if self._chosen is None:
-                self._found(BAD_TABLE, str(e))
+                self._findings.add(BAD_TABLE, str(e))
             return
         (self.owners if self._chosen is None else self._others).append(active)
         header = self._image.header
         self._claim_l1(active, header.l1_table_offset, header.l1_size)
 
-    def _claim_l1(self, owner: _Owner, offset: int, entries: int) -> None:
+    def _claim_l1(self, owner: Owner, offset: int, entries: int) -> None:
         if entries:
             what = f"the L1 table of {owner.disk.name}"
-            self._claim(what, offset, entries * q.L1_ENTRY_SIZE, [owner])
+            self._claims.claim(what, offset, entries * q.L1_ENTRY_SIZE, [owner])
 
-    def _claim_l2_tables(self, owner: _Owner) -> None:
+    def _claim_l2_tables(self, owner: Owner) -> None:
         mapping = owner.disk.mapping
         for index, entry in enumerate(mapping.l1_entries(0, mapping.l1_size)):
             try:
                 table = mapping.l2_offset(index, entry)
             except ImageError as e:
-                self._found(BAD_ENTRY, f"{owner.disk.name}: {e}", [owner])
+                self._findings.add(BAD_ENTRY, f"{owner.disk.name}: {e}", [owner])
                 continue
             if not table:
                 continue
             before = self._tables.get(table)
             if before is not None and before[0] == index:
                 before[1].append(owner)
-                if table < self._end:
+                if table < self._claims.end:
                     self._uses.add(table >> self._bits, 1)
                 continue
             what = f"L2 table {index} of {owner.disk.name}"
-            self._claim(what, table, self._image.header.cluster_size, [owner])
-            if before is None and table < self._end:
+            self._claims.claim(what, table, self._image.header.cluster_size, [owner])
+            if before is None and table < self._claims.end:
                 self._tables[table] = index, [owner]
 
-    def _note_l2_tables(self, owner: _Owner) -> None:
+    def _note_l2_tables(self, owner: Owner) -> None:
         """The same of a snapshot that is not checked: no judgement, no counting."""
         mapping = owner.disk.mapping
         for index, entry in enumerate(mapping.l1_entries(0, mapping.l1_size)):
             table = entry & q.OFFSET_MASK
             if table:
                 what = f"L2 table {index} of {owner.disk.name}"
-                self._claims.setdefault(table >> self._bits, what)
+                self._claims.clusters.setdefault(table >> self._bits, what)
 
     # --- What the L2 tables lead to ---
 
-    def _walk(self, table: int, index: int, owners: list[_Owner]) -> None:
+    def _walk(self, table: int, index: int, owners: list[Owner]) -> None:
         mapping = owners[0].disk.mapping
         try:
             entries = mapping.l2_part(table, 0, mapping.l2_entries)
         except ImageError as e:
-            self._found(BAD_TABLE, f"{owners[0].disk.name}: {e}", owners, table)
+            self._findings.add(BAD_TABLE, f"{owners[0].disk.name}: {e}", owners, table)
             return
         if self._looks_odd(entries):
             self._judge(index, owners)
         clusters = list(self._clusters(entries))
         self._uses.add_all(clusters, len(owners))
-        if self._claims.keys().isdisjoint(clusters):
+        if self._claims.clusters.keys().isdisjoint(clusters):
             return
         for cluster in clusters:
-            if cluster in self._claims:
+            if cluster in self._claims.clusters:
                 host = cluster << self._bits
-                self._found(
+                self._findings.add(
                     OVERLAP,
                     f"data behind L2 table {index} of {owners[0].disk.name} overlaps "
-                    f"{self._claims[cluster]} at host offset {host:#x}",
+                    f"{self._claims.clusters[cluster]} at host offset {host:#x}",
                     owners,
                     host,
                 )
@@ -244,23 +181,27 @@ class _Check:
         flags = q.OFLAG_ZERO if header.version >= 3 else 0
         used = reduce(or_, entries, 0)
         return bool(
-            used & ~(q.OFFSET_MASK & -header.cluster_size | flags) or max(entries) >= self._end
+            used & ~(q.OFFSET_MASK & -header.cluster_size | flags)
+            or max(entries) >= self._claims.end
         )
 
-    def _judge(self, index: int, owners: list[_Owner]) -> None:
+    def _judge(self, index: int, owners: list[Owner]) -> None:
         """Look at each cluster as a reader does, and report what it cannot read."""
         disk = owners[0].disk
         span, cluster = disk.mapping.bytes_per_l1_entry, disk.cluster_size
         for guest in range(index * span, (index + 1) * span, cluster):
             try:
-                for _ in disk.cells(guest, cluster):
-                    pass
+                if self._data_file:  # it is not open: whether it is long enough is not judged
+                    _exhaust(disk.mapping.runs(guest, cluster))
+                else:
+                    _exhaust(disk.cells(guest, cluster))
             except ImageError as e:
-                self._found(BAD_ENTRY, str(e), owners)
+                where = f"{disk.name}: guest offset {guest:#x}: " if self._data_file else ""
+                self._findings.add(BAD_ENTRY, f"{where}{e}", owners)
 
     def _clusters(self, entries: Sequence[int]) -> Iterator[int]:
         """The clusters of the file that the entries refer to, each as often as they do."""
-        bits, end = self._bits, self._end
+        bits, end = self._bits, self._claims.end
         for entry in entries:
             offset = entry & q.OFFSET_MASK
             if entry & q.OFLAG_COMPRESSED:
@@ -288,8 +229,8 @@ class _Check:
                 if not entry & q.OFLAG_COPIED or entry & q.OFLAG_COMPRESSED:
                     continue
                 host = entry & q.OFFSET_MASK
-                if host < self._end and self._uses.of(host >> self._bits) > 1:
-                    self._found(
+                if host < self._claims.end and self._uses.of(host >> self._bits) > 1:
+                    self._findings.add(
                         IN_PLACE,
                         f"L1 entry {index} of the active disk, or an entry behind it, lets QEMU "
                         f"write in place to host offset {host:#x}, which others share",
@@ -317,8 +258,8 @@ class _Check:
         users = self._users(bad)
         for cluster, (used, counted) in bad.items():
             host = cluster << self._bits
-            what = self._claims.get(cluster, "data")
-            self._found(
+            what = self._claims.clusters.get(cluster, "data")
+            self._findings.add(
                 NOT_COUNTED,
                 f"the cluster at host offset {host:#x} ({what}) is in use {used} times and "
                 f"counted {counted}: it can be overwritten",
@@ -326,9 +267,9 @@ class _Check:
                 host,
             )
 
-    def _users(self, clusters: dict[int, tuple[int, int]]) -> dict[int, list[_Owner]]:
+    def _users(self, clusters: dict[int, tuple[int, int]]) -> dict[int, list[Owner]]:
         """Whose data or L2 tables lie in these clusters."""
-        found: dict[int, list[_Owner]] = {}
+        found: dict[int, list[Owner]] = {}
         if not clusters:
             return found
         for table, (_, owners) in self._tables.items():
@@ -342,3 +283,8 @@ class _Check:
                     known = found.setdefault(cluster, [])
                     known += [owner for owner in owners if owner not in known]
         return found
+
+
+def _exhaust(found: Iterator[object]) -> None:
+    for _ in found:
+        pass

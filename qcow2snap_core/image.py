@@ -20,7 +20,7 @@ from .codecs import Codec, Zstd, deflate
 from .disk import Disk, Layer, RawLayer
 from .encryption import open_encryption
 from .errors import ImageError, UsageError, escaped, shown
-from .guard import SnapshotGuard, Unguarded
+from .guard import Guard, SnapshotGuard, Unguarded
 from .header import Header, read_header
 from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
@@ -133,8 +133,8 @@ class Image:
 
     # --- The active disk, for the layer above ---
 
-    def active_disk(self) -> Disk:
-        """What the guest sees now; only right while nobody writes to it.
+    def active_disk(self, guard: Guard | None = None) -> Disk:
+        """What the guest sees now; only right while nobody writes to it, as ``guard`` may know.
 
         Raises ImageError when the active L1 table is damaged.
         """
@@ -144,7 +144,7 @@ class Image:
         if h.size > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
-        return Disk(what, h.size, mapping, self._clusters, Unguarded(), self._below)
+        return Disk(what, h.size, mapping, self._clusters, guard or Unguarded(), self._below)
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length) of the compressed cluster that an L2 entry describes."""

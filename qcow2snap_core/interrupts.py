@@ -8,7 +8,10 @@ points where it can stop.  A second signal ends the program on the spot.
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -43,6 +46,27 @@ def check() -> None:
     """Raises KeyboardInterrupt when a signal has come."""
     if _noted:
         raise KeyboardInterrupt
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> int:
+    """The status of a process that ends; for KeyboardInterrupt it does not have to."""
+    if process.poll() is not None:
+        check()
+        return process.wait()
+    ended = os.pidfd_open(process.pid)
+    woken, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+    try:
+        check()
+        while ended not in select.select((ended, woken), (), ())[0]:
+            check()
+            os.read(woken, 1)  # another signal, of no interest
+        check()
+        return process.wait()
+    finally:
+        signal.set_wakeup_fd(before)
+        for fd in (ended, woken, waking):
+            os.close(fd)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -2,17 +2,22 @@
 
 The work is done under a temporary name in the same directory, ``.qcow2snap-….part``, which is
 renamed at the end.  Whatever ends the work before that, an error or Ctrl-C, removes it again; a
-kill that no program can answer may leave it behind, but never anything under the real name.
+kill that no program can answer may leave it behind, but never anything under the real name.  The
+next run with an output in that directory removes it: the name says whose it was, and only if that
+process can be known to be dead, not when it may run on another machine or in another container.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
 
 from .errors import UsageError, shown
 from .storage import Storage
@@ -27,7 +32,8 @@ def output(path: str) -> Iterator[str]:
     """
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
-    part = os.path.join(directory, f".qcow2snap-{secrets.token_hex(4)}.part")
+    _clear(directory)
+    part = os.path.join(directory, f"{_prefix()}{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
         _settle(part)
@@ -75,6 +81,23 @@ def _sync(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _prefix() -> str:
+    """How the temporary names of processes begin that have been started here since the machine
+    was: those whose numbers mean something here."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    here = f"{boot}{os.stat('/proc/self/ns/pid').st_ino}"
+    return f".qcow2snap-{sha256(here.encode()).hexdigest()[:8]}-"
+
+
+def _clear(directory: str) -> None:
+    """Remove what killed processes have left."""
+    with suppress(OSError):
+        for name in os.listdir(directory):
+            found = re.fullmatch(re.escape(_prefix()) + r"(\d+)-[0-9a-f]+\.part", name)
+            if found and not os.path.exists(f"/proc/{found[1]}"):
+                _remove(os.path.join(directory, name))
 
 
 def _remove(path: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Final
 
-from .errors import StorageError, UsageError, escaped, shown
+from .errors import StorageError, UsageError, escaped
 from .interrupts import check
 from .targets import NbdTarget
 from .transfer import THREADS
@@ -28,16 +28,6 @@ def qemu_img(*arguments: str) -> None:
         raise _missing("qemu-img") from None
     if done.returncode:
         raise StorageError(_first_line(done.stderr) or f"qemu-img {arguments[0]} failed")
-
-
-def check_unused(path: str) -> None:
-    """Raises UsageError while a program has the image open for writing, as QEMU's locks say."""
-    try:
-        qemu_img("info", "-f", "qcow2", os.path.realpath(path))
-    except StorageError as e:
-        if "lock" in str(e):
-            raise UsageError(f"{shown(path)} is in use: shut its virtual machine down") from e
-        raise
 
 
 @contextmanager

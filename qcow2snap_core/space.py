@@ -127,7 +127,7 @@ class _Space:
             parts = _differing([self._any.l2_part(table, first, count) for table in tables])
             found = []
             for part, owner in zip(parts, tables.values(), strict=True):
-                streams, offsets = _sorted_out(part)
+                streams, offsets = sorted_out(part)
                 self._compressed |= bool(streams) and owner not in (_SHARED, self._active)
                 found.append((owner, set() if self._image.header.has_data_file else offsets))
             yield found
@@ -139,7 +139,7 @@ class _Space:
         for tables in self._columns():
             for table, owner in tables.items():
                 try:
-                    streams, _ = _sorted_out(self._any.l2_part(table, 0, self._any.l2_entries))
+                    streams, _ = sorted_out(self._any.l2_part(table, 0, self._any.l2_entries))
                 except ImageError:
                     self.unknown.update(range(self._active))
                     return
@@ -185,7 +185,7 @@ def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
     kept: list[Slice[int]] = [array("Q") for _ in parts]
     for at in range(0, len(parts[0]), _STRIDE):
         pieces = [part[at : at + _STRIDE] for part in parts]
-        if any(piece != pieces[0] for piece in pieces):
+        if pieces.count(pieces[0]) < len(pieces):
             for part, piece in zip(kept, pieces, strict=True):
                 part.extend(piece)
     return kept
@@ -195,7 +195,7 @@ _LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)
 _NOT_COMPRESSED: Final = bytes(range(q.OFLAG_COMPRESSED >> 56))  # high bytes of such entries
 
 
-def _sorted_out(entries: Slice[int]) -> tuple[list[int], set[int]]:
+def sorted_out(entries: Slice[int]) -> tuple[list[int], set[int]]:
     """The compressed clusters' entries, and the host offsets of the others."""
     raw = entries.tobytes()
     streams: list[int] = []

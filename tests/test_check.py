@@ -14,14 +14,14 @@ from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import set_refcount
 
 import qcow2snap_core
-from qcow2snap_core.check import (
+from qcow2snap_core.check import check
+from qcow2snap_core.findings import (
     BAD_ENTRY,
     BAD_TABLE,
     IN_PLACE,
     NOT_COUNTED,
     OVERLAP,
     Finding,
-    check,
 )
 
 CLUSTER = 4 * KiB

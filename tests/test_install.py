@@ -134,6 +134,7 @@ def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
         ("qcow2snap --ver", ["--version"]),
         ("qcow2snap take --q", ["--qmp"]),
         ("qcow2snap take --qmp /run/x --ag", ["--agent"]),
+        ("qcow2snap list --t", ["--tree"]),
         ("qcow2snap take disk.", []),
     ],
 )

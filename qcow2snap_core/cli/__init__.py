@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if none is given); returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)

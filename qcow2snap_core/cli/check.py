@@ -7,8 +7,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..check import MOST, Finding, check
+from ..check import check
 from ..errors import escaped, shown
+from ..findings import MOST, Finding
 from ..snapshots import Choice, choose
 from .common import add_image_options, open_from, print_json
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from ..disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..errors import UsageError
 from ..image import BACKING_FORMATS, Image, Options, open_image
+from ..locks import Quiet
 from ..passphrase import read_passphrase
 
 ACTIVE: Final = "@active"
@@ -67,12 +68,13 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
 
 def disk_named(image: Image, name: str) -> Disk:
     """The disk of a snapshot, by ID or name; ``@active`` is the active one unless a snapshot has
-    that name.  Raises as :meth:`.Image.snapshot`."""
+    that name.  Raises as :meth:`.Image.snapshot`, and UsageError at once and later when a QEMU has
+    the image open for writing and the active disk is asked for."""
     try:
         return image.snapshot(name)
     except UsageError:
         if name == ACTIVE:
-            return image.active_disk()
+            return image.active_disk(Quiet(image.files))
         raise
 
 

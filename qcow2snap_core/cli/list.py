@@ -1,36 +1,49 @@
 """List the snapshots of an image, with the space that deleting each one would free: the clusters
-that neither another snapshot nor the active disk uses."""
+that neither another snapshot nor the active disk uses.
+
+With --tree a strip for each shows which parts of the disk it shares with older and newer ones, and
+which are its own. The width is the terminal's."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ImageError, escaped, shown
 from ..exports import exports_of
+from ..image import Image
+from ..sharing import picture
 from ..snapshots import Snapshot, date
 from ..space import exclusive_sizes
 from ..units import binary
-from .common import add_image_options, open_from, print_json, print_table
+from .common import ACTIVE, add_image_options, open_from, print_json, print_table
+from .strips import text
 
 HELP = "the snapshots, and the space that each takes alone"
 EXAMPLE = "qcow2snap list disk.qcow2"
 
 _TITLES = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE", "EXCLUSIVE")
 _NUMBERS = (2, 4, 5, 6, 7)
+_NARROWEST = 8  # of a strip, however long the names are
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
-    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    form.add_argument("--tree", action="store_true", help="draw what each shares with the others")
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     with open_from(args, data=False, layers=False) as image:
         table = image.table()
-        sizes = exclusive_sizes(image, table.snapshots)
-    listed = list(zip(table.snapshots, sizes, strict=True))
+        if args.tree:
+            _print_tree(image, table.snapshots)
+        sizes = [] if args.tree else exclusive_sizes(image, table.snapshots)
+    listed = list(zip(table.snapshots, sizes, strict=not args.tree))
     if args.json:
         names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
         print_json(_object(s, size, names.get(id(s))) for s, size in listed)
@@ -39,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
     if table.damage:
         raise ImageError(f"{shown(args.file)}: the snapshot table is damaged: {table.damage}")
     return 0
+
+
+def _print_tree(image: Image, snapshots: Sequence[Snapshot]) -> None:
+    names = [(escaped(s.id), escaped(s.name)) for s in snapshots] + [("", ACTIVE)]
+    ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
+    width = shutil.get_terminal_size().columns - ids - tags - len("    ")
+    rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
+    for line in text(picture(image, snapshots, max(width, _NARROWEST)), rows):
+        print(line)
 
 
 def _object(s: Snapshot, exclusive: int | None, export: str | None) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Print a snapshot's extents as nbdinfo --map does: offset, length, type and what that is.  A last
-column is the offset in the image file itself, of the data or of the compressed bytes."""
+column is the offset in the image file itself, of the data or of the compressed bytes.
+
+With --svg it is a picture instead, with a strip for each snapshot and the active disk, or for one
+of them: which parts of the disk it shares with older and newer snapshots, and which are its own."""
 
 from __future__ import annotations
 
@@ -7,23 +10,40 @@ import argparse
 from collections.abc import Iterator
 
 from ..disk import Disk, Extent, Piece, checked
+from ..image import Image
 from ..mapping import COMPRESSED
-from .common import WORDS, add_image_options, disk_named, map_line, open_from, print_json
+from ..sharing import picture
+from ..snapshots import Choice, choose
+from .common import ACTIVE, WORDS, add_image_options, disk_named, map_line, open_from, print_json
+from .strips import svg
 
 HELP = "a snapshot's extents, and where in the file they are"
 EXAMPLE = "qcow2snap map disk.qcow2 nightly"
 
+_CELLS = 1024  # of the picture
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
-    parser.add_argument("snapshot", metavar="SNAPSHOT", help="ID or name, or @active")
-    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument(
+        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name, or @active; --svg needs none"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON array")
+    form.add_argument("--svg", action="store_true", help="an SVG picture, to standard output")
     add_image_options(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.svg:
+        with open_from(args, data=False, layers=False) as image:
+            _print_svg(image, args.snapshot)
+        return 0
+    if args.snapshot is None:
+        args.usage_error("the following arguments are required: SNAPSHOT")
     with open_from(args, data=False) as image:
-        pieces = _merged(disk_named(image, args.snapshot))
+        pieces = _merged(disk_named(image, str(args.snapshot)))
         if args.json:
             print_json(_object(piece) for piece in pieces)
         else:
@@ -31,6 +51,20 @@ def run(args: argparse.Namespace) -> int:
                 host = "" if piece.host is None else f"  {piece.host}"
                 print(f"{map_line(Extent(*piece[:3])):35}{host}".rstrip())
     return 0
+
+
+def _print_svg(image: Image, name: str | None) -> None:
+    snapshots = image.table().snapshots
+    found = picture(image, snapshots, _CELLS)
+    if name is not None:
+        chosen = None
+        if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in snapshots):
+            chosen = choose(image.table(), Choice(name), image.path).identity
+        found = found._replace(
+            strips=[s for s in found.strips if (s.snapshot and s.snapshot.identity) == chosen]
+        )
+    for line in svg(found, image.path):
+        print(line.encode("ascii", "xmlcharrefreplace").decode())
 
 
 def _merged(disk: Disk) -> Iterator[Piece]:

@@ -1,24 +1,29 @@
 """Show a snapshot as the raw disk DIR/disk, read-only, until Ctrl-C or until DIR is unmounted.
 
-What reads the disk should not be the host's kernel: a filesystem that a guest wrote is untrusted
-input. Programs without privileges read it as well, like guestfish, 7z, debugfs or fuse2fs."""
+With --filesystem DIR has the files of the filesystem in it, or in its partition --partition: ext2,
+ext3 and ext4 are read by fuse2fs, NTFS by ntfs-3g, others by guestmount. What is in a journal is
+replayed into a temporary file first; the image stays as it is.
+
+What a guest wrote is untrusted input, which the host's kernel should not mount. These programs run
+with the privileges of whoever started them: do that as an ordinary user, not as root."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import escaped
-from ..mount import mount
+from ..interrupts import deferred
+from ..mount import mount, mount_filesystem
 from ..snapshots import Choice, choose
 from .common import add_image_options, open_from
-from .running import terminate_as_interrupt
 
-HELP = "show a snapshot as a raw disk in a directory"
+HELP = "show a snapshot as a raw disk, or its files, in a directory"
 EXAMPLE = "qcow2snap mount disk.qcow2 nightly /mnt/nightly"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="N", type=int, help="only this partition of it")
+    parser.add_argument("--filesystem", action="store_true", help="the files in it, not the disk")
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="its ID or name")
     parser.add_argument("directory", metavar="DIR", help="an existing directory")
@@ -26,13 +31,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terminate_as_interrupt()
-
     def ready(path: str) -> None:
         print(f"{escaped(path)} is there until Ctrl-C", flush=True)
 
-    with open_from(args) as image:
+    show = mount_filesystem if args.filesystem else mount
+    with open_from(args) as image, deferred():
         snapshot = choose(image.table(), Choice(args.snapshot), image.path)
         image.disk(snapshot)
-        mount(image, snapshot, args.directory, args.partition, ready)
+        show(image, snapshot, args.directory, args.partition, ready)
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import command, qemu
 from support.qemu import MiB
-from support.running import eventually, started
+from support.running import eventually, started, until
 
 SIZE = 24 * MiB
 MOMENTS = 20
@@ -80,6 +80,35 @@ def test_killed_at_a_random_moment(
         assert parts(tmp_path) == []
         # By the signal itself: when Python is ending, and the work is done.
         assert early or (process.returncode in (0, 130, -number) and not err)
+
+
+@pytest.mark.parametrize("kind", ["copy", "update", "split", "join"])
+def test_the_next_run_removes_what_a_killed_one_left(
+    made: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    line = arguments(kind, made, tmp_path / "out")
+    with started(*line) as process:
+        until(lambda: parts(tmp_path), process)
+        process.kill()
+        process.wait(60)
+    assert parts(tmp_path)
+    others = [".qcow2snap-01234567-1-01234567.part", f"{parts(tmp_path)[0]}.part"]
+    for name in others:
+        (tmp_path / name).touch()
+    command.qcow2snap(*line)
+    assert sorted(parts(tmp_path)) == sorted(others)
+    assert (tmp_path / "out").exists()
+    check_whole(kind, made, tmp_path / "out")
+
+
+def test_what_a_running_one_writes_is_left_alone(made: dict[str, Path], tmp_path: Path) -> None:
+    with started("copy", made["disk.qcow2"], "s1", tmp_path / "one") as process:
+        until(lambda: parts(tmp_path), process)
+        process.send_signal(signal.SIGSTOP)
+        command.qcow2snap("copy", made["disk.qcow2"], "s2", tmp_path / "two")
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
+    assert (tmp_path / "one").read_bytes() == made["s1"].read_bytes()
 
 
 def parts(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import command, qemu
 from support.qemu import KiB, MiB
-from support.running import eventually, started, until
+from support.running import eventually, processes_with, started, until
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="no FUSE here")
 
@@ -21,19 +21,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mount") / "disk.qcow2"
     qemu.RandomImage(path, seed=9, size=SIZE).make(["one"])
     return path
-
-
-def processes_with(word: str) -> list[str]:
-    """The command lines of all processes that mention it."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended
-            continue
-        if word in line:
-            found.append(line)
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

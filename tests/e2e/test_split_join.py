@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -167,20 +166,6 @@ def test_a_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", SIZE)
     assert "is not empty" in command.fails("split", path, tmp_path)
     assert os.listdir(tmp_path) == ["disk.qcow2"]
-
-
-def test_an_image_in_use_is_refused(tmp_path: Path) -> None:
-    path = qemu.create(tmp_path / "disk.qcow2", SIZE)
-    shell = ["qemu-io", "-f", "qcow2", path]
-    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
-        assert user.stdin
-        assert user.stdout
-        user.stdin.write(b"length\n")
-        user.stdin.flush()
-        user.stdout.readline()
-        assert "is in use" in command.fails("split", path, tmp_path / "chain")
-        assert "is in use" in command.fails("join", path, tmp_path / "out")
-        user.stdin.close()
 
 
 def test_without_room_nothing_is_begun(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Which clusters of a file hold metadata, and whose it is: two claims of one cluster are damage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .bitmaps import areas
+from .errors import ImageError
+from .findings import BAD_TABLE, OVERLAP, Findings, Owner
+from .image import Image
+from .refcounts import Refcounts, Uses, crypto_area, past_end
+
+
+class Claims:
+    """What has been claimed; what is claimed is also counted as used."""
+
+    def __init__(self, image: Image, uses: Uses, findings: Findings) -> None:
+        #: {cluster: what is there}
+        self.clusters: dict[int, str] = {}
+        #: the first host offset past the file's last cluster
+        self.end = past_end(image.storage, image.header.cluster_size)
+        self._image = image
+        self._bits = image.header.cluster_bits
+        self._uses = uses
+        self._findings = findings
+
+    def claim(self, what: str, offset: int, length: int, owners: Sequence[Owner] = ()) -> None:
+        """Count the clusters of an area, and report what else is there."""
+        unaligned = offset % self._image.header.cluster_size
+        if offset + length > self.end or unaligned:
+            wrong = (
+                "is unaligned" if offset + length <= self.end else "lies past the end of the file"
+            )
+            message = f"{what} at host offset {offset:#x} {wrong}"
+            self._findings.add(BAD_TABLE, message, owners, offset)
+            return
+        for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
+            self._uses.add(cluster, 1)
+            other = self.clusters.setdefault(cluster, what)
+            if other is not what:
+                host = cluster << self._bits
+                message = f"{what} overlaps {other} at host offset {host:#x}"
+                self._findings.add(OVERLAP, message, owners, host)
+
+    def claim_refcounts(self) -> Refcounts | None:
+        """Their table and blocks; None if they cannot be had."""
+        try:
+            refcounts = Refcounts(self._image.storage, self._image.header)
+        except ImageError as e:
+            self._findings.add(BAD_TABLE, str(e))
+            return None
+        self.claim("the refcount table", refcounts.table_offset, refcounts.table_bytes)
+        for number, offset in refcounts.blocks():
+            try:
+                refcounts.block(number)
+            except ImageError as e:
+                self._findings.add(BAD_TABLE, str(e), (), offset)
+            else:
+                self.claim(f"refcount block {number}", offset, 1)
+        return refcounts
+
+    def claim_header(self) -> None:
+        """The header, and what its extensions lead to."""
+        self.claim("the header", 0, 1)
+        area = crypto_area(self._image.header)
+        if area is not None:
+            self.claim("the LUKS header", *area)
+        try:
+            for found in areas(self._image.storage, self._image.header):
+                self.claim(*found)
+        except ImageError as e:
+            self._findings.add(BAD_TABLE, str(e))

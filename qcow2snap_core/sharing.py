@@ -1,0 +1,176 @@
+"""Which parts of the disk a snapshot shares with older and newer ones, and which it has alone.
+
+The disk is cut into cells of equal size; for each cell and owner (a snapshot, or the active disk)
+four questions are answered, from the tables alone.  As in :mod:`.space`, a cluster of the file
+stands at one guest offset only, so sharing can be seen by comparing the tables at equal indexes.
+An L2 table that all owners share is not read, unless a cell is smaller than what it maps: then the
+number of cells bounds the work.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from enum import Flag, auto
+from typing import Final, NamedTuple
+
+from . import ondisk as q
+from .disk import Disk
+from .errors import ImageError, SnapshotGone
+from .image import Image
+from .mapping import Mapping, Slice
+from .snapshots import Snapshot
+from .space import sorted_out
+
+_L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
+_L2_ENTRIES: Final = 1 << 18  # of the L2 tables of one cell; an entry takes 100 bytes
+_STRIDE: Final = 64  # entries compared at a time
+_COMMON: Final = -1  # stands for all entries that are equal in all tables
+
+_Entries = set[int]  # host offsets, and whole entries of compressed clusters
+
+
+class Holds(Flag):
+    """What an owner has in a cell, in this image file."""
+
+    NOTHING = 0
+    OWN = auto()  # something that nobody else has
+    OLDER = auto()  # something that an older snapshot has as well
+    NEWER = auto()  # something that a newer snapshot, or the active disk, has as well
+    UNKNOWN = auto()  # its tables are damaged
+
+
+class Strip(NamedTuple):
+    """One owner's cells, as far as its disk reaches."""
+
+    snapshot: Snapshot | None  # None: the active disk
+    cells: list[Holds]
+
+
+class Picture(NamedTuple):
+    """The strips of all snapshots in the table's order, the active disk's last."""
+
+    cell: int  # bytes
+    strips: list[Strip]
+
+
+def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
+    """At most ``most`` cells, each a power of two of clusters; ``snapshots`` are all there are.
+
+    Raises SnapshotGone when one of them is deleted meanwhile.
+    """
+    disks = [_disk(image, owner) for owner in (*snapshots, None)]
+    largest = max(disk.size if disk else 0 for disk in disks)
+    cell = image.header.cluster_size
+    while cell * most < largest:
+        cell *= 2
+    count = -(-largest // cell)
+    cells = [
+        [Holds.NOTHING] * -(-disk.size // cell) if disk else [Holds.UNKNOWN] * count
+        for disk in disks
+    ]
+    for at, found in _cells(disks, cell, count):
+        for own, holds in zip(cells, found, strict=True):
+            if at < len(own):
+                own[at] |= holds
+    for disk in disks:
+        if disk:
+            disk.check()
+    owners = [*snapshots, None]
+    return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
+
+
+def _disk(image: Image, owner: Snapshot | None) -> Disk | None:
+    """None if it is damaged."""
+    try:
+        return image.active_disk() if owner is None else image.disk(owner)
+    except SnapshotGone:
+        raise
+    except ImageError:
+        return None
+
+
+def _cells(
+    disks: Sequence[Disk | None], cell: int, count: int
+) -> Iterator[tuple[int, list[Holds]]]:
+    """(number of a cell, what each owner has in some part of it)."""
+    mappings = [disk.mapping if disk else None for disk in disks]
+    known = next((m for m in mappings if m), None)
+    if known is None:
+        return
+    span = known.bytes_per_l1_entry
+    entries = -(-count * cell // span)
+    step = max(64, _L1_ENTRIES // len(mappings))
+    for first in range(0, entries, step):
+        parts = [_tables(m, first, min(step, entries - first)) for m in mappings]
+        for index, tables in enumerate(zip(*parts, strict=True), first):
+            if any(tables):
+                for at, found in _behind(known, tables, cell):
+                    yield index * span // cell + at, found
+
+
+def _tables(mapping: Mapping | None, first: int, count: int) -> Sequence[int | None]:
+    """The host offsets of L2 tables, 0 where there is none, None where that is unknown."""
+    if mapping is not None:
+        with suppress(ImageError):
+            return [e & q.OFFSET_MASK for e in mapping.l1_entries(first, count)]
+    return [None] * count
+
+
+def _behind(
+    mapping: Mapping, tables: Sequence[int | None], cell: int
+) -> Iterator[tuple[int, list[Holds]]]:
+    """The same behind one L1 index, cells counted from there; ``mapping`` is any, since L2 tables
+    are read alike whoever leads to them."""
+    distinct = {table for table in tables if table}
+    per_cell = min(mapping.l2_entries, cell // mapping.cluster_size)
+    if per_cell == mapping.l2_entries and len(distinct) == 1:
+        yield 0, _compared([None if table is None else {table} - {0} for table in tables])
+        return
+    step = min(per_cell, max(_STRIDE, _L2_ENTRIES // len(distinct)))
+    for first in range(0, mapping.l2_entries, step):
+        parts: dict[int, Slice[int] | None] = {}
+        for table in distinct:
+            try:
+                parts[table] = mapping.l2_part(table, first, step)
+            except ImageError:
+                parts[table] = None
+        known = {table: part for table, part in parts.items() if part is not None}
+        stored = dict(zip(known, _stored(list(known.values())), strict=True))
+        sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
+        yield first // per_cell, _compared(sets)
+
+
+def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
+    """What each part of a table leads to; all that is common to all parts may be one entry."""
+    common = False
+    kept: list[Slice[int]] = [array("Q") for _ in parts]
+    for at in range(0, len(parts[0]) if parts else 0, _STRIDE):
+        pieces = [part[at : at + _STRIDE] for part in parts]
+        if pieces.count(pieces[0]) == len(pieces):
+            common = common or any(sorted_out(pieces[0]))
+        else:
+            for part, piece in zip(kept, pieces, strict=True):
+                part.extend(piece)
+    return [{*({_COMMON} if common else ())}.union(*sorted_out(part)) for part in kept]
+
+
+def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
+    """What each owner has, from the oldest on; None if that is unknown."""
+    found = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
+    fresh: list[_Entries] = []
+    met: _Entries = set()
+    for k, entries in enumerate(owners):
+        fresh.append((entries or set()) - met)
+        if entries and not entries.isdisjoint(met):
+            found[k] |= Holds.OLDER
+        met |= entries or set()
+    met = set()
+    for k, entries in reversed(list(enumerate(owners))):
+        if fresh[k] - met:
+            found[k] |= Holds.UNKNOWN if None in owners else Holds.OWN
+        if entries and not entries.isdisjoint(met):
+            found[k] |= Holds.NEWER
+        met |= entries or set()
+    return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
+from .libnbd import is_uri
 from .outputs import check_other, check_space, output
 from .progress import progress
 from .storage import open_storage
@@ -57,7 +57,8 @@ def copy(
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     job = _Job(new, plan, count(plan), since)
     kind = file_kind(target)
-    if re.match(r"nbds?(\+[a-z]+)?://", target):
+    if is_uri(target):
+        check_other(image.files, target)
         job.into(NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS), target)
     elif kind == stat.S_IFBLK:
         check_other(image.files, target)

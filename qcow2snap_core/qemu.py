@@ -11,6 +11,7 @@ from typing import IO, Any, Final
 
 from .errors import StorageError, UsageError, escaped, shown
 from .interrupts import check
+from .libnbd import is_uri
 from .targets import NbdTarget
 from .transfer import THREADS
 
@@ -32,6 +33,8 @@ def qemu_img(*arguments: str) -> None:
 
 def check_unused(path: str) -> None:
     """Raises UsageError while a program has the image open for writing, as QEMU's locks say."""
+    if is_uri(path):
+        raise UsageError(f"{shown(path)} is remote: copy the image to a local file first")
     try:
         qemu_img("info", "-f", "qcow2", os.path.realpath(path))
     except StorageError as e:

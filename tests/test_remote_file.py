@@ -108,3 +108,16 @@ def test_an_error_names_the_uri_and_the_offset(tmp_path: Path) -> None:
 def test_an_odd_uri_is_one_error(uri: str) -> None:
     with pytest.raises(UsageError, match="^cannot open '[ -~]*': .+$"):
         RemoteFile(uri)
+
+
+def test_all_connections_that_were_lost_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(DATA)
+    with remote("--filter=delay", "file", path, "rdelay=100ms") as server:
+        file = RemoteFile(server.uri)
+        with ThreadPoolExecutor(4) as pool:  # slow enough that each needs a connection
+            assert set(pool.map(lambda _: file.read(9, 7), range(4))) == {DATA[7:16]}
+        server.kill()
+        server.start()
+        assert file.read(9, 7) == DATA[7:16]
+        file.close()

@@ -2,7 +2,8 @@
 
 In a block of the language "console" a line after ``$`` is a command, those after ``>`` go on with
 it, and the others are its output, in which ``...`` stands for anything within a line.  The blocks
-of a section are run by one bash.
+of a section are run by one bash.  ``<!-- run: ... -->`` is a command that the reader does not see,
+and ``<!-- needs: ... -->`` names programs and devices without which the section is left out.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def sections(page: Path) -> list[Section]:
             found.append(Section(page.stem, line[3:]))
         elif needs := re.fullmatch("<!-- needs: (.*) -->", line):
             found[-1].needs += needs[1].split()
+        elif hidden := re.fullmatch("<!-- run: (.*) -->", line):
+            found[-1].steps.append((hidden[1], None))
         elif inside and line.startswith("$ "):
             found[-1].steps.append((line[2:], ""))
         elif inside:
@@ -103,6 +106,7 @@ exec {shutil.which("nbdkit")} "${{words[@]}}"
     scripts = {
         "nbdkit": nbdkit,
         "qcow2snap": f'#!/bin/sh\nexec {sys.executable} -m qcow2snap_core "$@"\n',
+        "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         **{name: client.format(shutil.which(name)) for name in ("nbdinfo", "nbdcopy")},
     }
     for name, script in scripts.items():
@@ -154,5 +158,6 @@ def _end_what_is_left(group: int, directory: Path) -> None:
     for pid in directory.glob("*.pid"):
         with suppress(FileNotFoundError, ProcessLookupError, ValueError):
             number = int(pid.read_text())
-            if b"nbd" in Path(f"/proc/{number}/cmdline").read_bytes():
+            name = Path(f"/proc/{number}/comm").read_text()
+            if name.startswith(("nbd", "qemu")):  # and not another that has the number by now
                 os.kill(number, signal.SIGTERM)

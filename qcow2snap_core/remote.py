@@ -26,6 +26,7 @@ _PATIENCE: Final = 30.0  # seconds for the first connection
 # A server that takes no more than it has (qemu-nbd -e) lets further ones wait for ever.
 _PATIENCE_FOR_MORE: Final = 2.0
 _SIZE_HOLDS_FOR: Final = 1.0
+_PAUSE_AFTER_FAILURE: Final = 30.0
 _MAX_REQUEST: Final = 32 << 20  # what every server takes
 
 _numbers = count()
@@ -52,6 +53,8 @@ class RemoteFile:
         self._made = 0  # and not dropped
         self._limit = 1
         self._closed = False
+        self._size = 0
+        self._measured = 0.0
         try:
             first = self._connect(_PATIENCE)
         except (StorageError, ValueError) as e:  # libnbd takes UTF-8 without a NUL
@@ -60,8 +63,6 @@ class RemoteFile:
         self._many = bool(first.handle.can_multi_conn())
         self._limit = _MOST if self._many else 1
         self._max_request = min(_MAX_REQUEST, _max_request(first.handle))
-        self._size = first.size
-        self._measured = time.monotonic()
         self._idle.append(first)
 
     # --- Storage ---
@@ -154,16 +155,28 @@ class RemoteFile:
         raise AssertionError
 
     def _measure(self) -> None:
-        """Ask a new connection for the size."""
+        """Learn the size from a new connection, which takes an idle one's place: the server may
+        have no room for one more."""
         if not self._many:
             return
-        self._measured = time.monotonic()
+        self._measured = time.monotonic()  # others need not do it too
+        with self._changed:
+            old = self._idle.pop(0) if self._idle else None
+            self._made -= old is not None
+        if old is not None:
+            self._end(old, _PATIENCE_FOR_MORE)
         try:
             connection = self._connect(_PATIENCE_FOR_MORE)
         except Error:
+            self._measured = time.monotonic() + _PAUSE_AFTER_FAILURE
             return  # a read will say it
-        self._size = connection.size
-        self._end(connection)
+        with self._changed:
+            if self._made < self._limit and not self._closed:
+                self._made += 1
+                self._idle.append(connection)
+                self._changed.notify()
+            else:
+                self._end(connection)
 
     # --- Connections ---
 
@@ -224,15 +237,21 @@ class RemoteFile:
                 left = deadline - time.monotonic()
                 if left <= 0 or not handle.poll(max(1, int(left * 1000))):
                     raise StorageError("the server does not answer")
-            return _Connection(handle, handle.get_size())
+            self._size = handle.get_size()
+            self._measured = time.monotonic()
+            return _Connection(handle, self._size)
         except self._nbd.Error as e:
             raise StorageError(said(e)) from e
 
-    def _end(self, connection: _Connection) -> None:
-        """Say goodbye without waiting for the answer."""
+    def _end(self, connection: _Connection, patience: float = 0) -> None:
+        """Say goodbye, and wait for the answer for that many seconds at the most."""
+        handle = connection.handle
         try:
-            if connection.handle.aio_is_ready():
-                connection.handle.aio_disconnect()
+            if handle.aio_is_ready():
+                handle.aio_disconnect()
+                deadline = time.monotonic() + patience
+                while not handle.aio_is_closed() and (left := deadline - time.monotonic()) > 0:
+                    handle.poll(max(1, int(left * 1000)))
         except self._nbd.Error:
             pass
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.qemu import KiB, MiB
 from support.remote import remote
+from support.running import eventually
 
 from qcow2snap_core import remote as module
 from qcow2snap_core.errors import StorageError, UsageError
@@ -120,4 +121,20 @@ def test_all_connections_that_were_lost_are_replaced(tmp_path: Path) -> None:
         server.kill()
         server.start()
         assert file.read(9, 7) == DATA[7:16]
+        file.close()
+
+
+def test_the_size_is_asked_for_where_there_is_no_room_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SIZE_HOLDS_FOR", 0)
+    monkeypatch.setattr(module, "_PAUSE_AFTER_FAILURE", -1)
+    path = tmp_path / "disk.raw"
+    path.write_bytes(DATA)
+    with remote("--filter=limit", "file", path, "limit=2") as server:
+        file = RemoteFile(server.uri)
+        for size in (MiB, 2 * MiB, 3 * MiB, 4 * MiB):
+            os.truncate(path, size)
+            # nbdkit counts a connection until a moment after its end.
+            eventually(lambda size=size: file.size() == size)
         file.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from support.command import fails, qcow2snap
 from support.qemu import KiB, MiB, RandomImage
 from support.remote import remote, remote_tcp
 from support.running import eventually
-from support.server import refused, serve
+from support.server import command, refused, serve
 
 SHAPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -118,6 +120,20 @@ def test_other_snapshots_come_and_go_while_the_file_grows(image: Path) -> None:
                 assert client.pread(MiB, 0) == expected[:MiB]
         assert ours.copy("new2") == qemu.content(image, "new2")
         assert not ours.log
+
+
+def test_the_way_back_survives_going_into_the_background(image: Path) -> None:
+    socket, pid = image.with_name("ours.sock"), image.with_name("ours.pid")
+    with remote("file", image) as server:
+        line = command("-U", socket, "-P", pid, file=f"nbd+unix://?socket={server.socket.name}")
+        subprocess.run(line, cwd=server.socket.parent, check=True, timeout=60)
+        try:
+            server.kill()
+            server.start()
+            qemu.run("nbdcopy", f"nbd+unix:///one?socket={socket}", image.with_name("copy"))
+        finally:
+            os.kill(int(pid.read_text()), signal.SIGTERM)
+    assert image.with_name("copy").read_bytes() == qemu.content(image, "one")
 
 
 # --- What goes wrong ---
@@ -235,6 +251,6 @@ def test_a_snapshot_of_a_remote_image_is_copied(image: Path) -> None:
 
 def test_what_needs_a_local_file_says_so(image: Path) -> None:
     with remote("file", image) as server:
-        for command in ("split", "join"):
-            said = fails(command, server.uri, image.with_name("out"))
+        for words in ("split", "join"):
+            said = fails(words, server.uri, image.with_name("out"))
             assert "is remote: copy the image to a local file first" in said

@@ -27,7 +27,16 @@ from .outputs import check_other, check_space, output
 from .progress import progress
 from .storage import open_storage
 from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
-from .transfer import THREADS, Amount, Plan, RawSource, count, transfer, whole
+from .transfer import (
+    THREADS,
+    THREADS_REMOTE,
+    Amount,
+    Plan,
+    RawSource,
+    count,
+    transfer,
+    whole,
+)
 from .units import binary
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
@@ -55,7 +64,8 @@ def copy(
     """
     began = time.monotonic()
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
-    job = _Job(new, plan, count(plan), since)
+    threads = THREADS_REMOTE if is_uri(image.path) else THREADS
+    job = _Job(new, plan, count(plan), since, threads)
     kind = file_kind(target)
     if is_uri(target):
         check_other(image.files, target)
@@ -78,10 +88,13 @@ def copy(
 class _Job:
     """What is to be moved, and the ways to move it."""
 
-    def __init__(self, new: Disk, plan: Plan, amount: Amount, since: Disk | None) -> None:
+    def __init__(
+        self, new: Disk, plan: Plan, amount: Amount, since: Disk | None, threads: int
+    ) -> None:
         self._new = new
         self._plan = plan
         self._since = since
+        self._threads = threads
         self.amount = amount
 
     def into(self, target: Target, name: str) -> None:
@@ -121,7 +134,7 @@ class _Job:
 
     def _move(self, target: Target) -> None:
         with progress("copying", self.amount.data) as advance:
-            transfer(self._new, self._plan, target, advance)
+            transfer(self._new, self._plan, target, advance, self._threads)
 
     def _clone(self, path: str, fd: int) -> None:
         """Make the empty file a copy of the old one."""

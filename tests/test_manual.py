@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.server import ROOT
 
-from qcow2snap_core import cli, settings
+from qcow2snap_core import __version__, cli, settings
 
 PLUGIN_PAGE = (ROOT / "docs" / "nbdkit-qcow2snap-plugin.pod").read_text()
 COMMAND_PAGE = (ROOT / "docs" / "qcow2snap.pod").read_text()
@@ -88,6 +88,13 @@ def test_every_argument_of_a_command_is_described_and_no_other(name: str) -> Non
 def test_the_options_of_the_command_itself_are_described_and_no_other() -> None:
     there = {o for a in cli._parser()._actions for o in a.option_strings}
     assert options(sections(COMMAND_PAGE)["OPTIONS"]) == there
+
+
+def test_the_newest_changes_are_those_of_this_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", changes, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == __version__
 
 
 @pytest.mark.parametrize("page", [PLUGIN_PAGE, COMMAND_PAGE], ids=["plugin", "command"])

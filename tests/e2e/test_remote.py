@@ -12,6 +12,7 @@ import nbd
 import pytest
 from support import qemu
 from support.command import fails, qcow2snap
+from support.live import running
 from support.qemu import KiB, MiB, RandomImage
 from support.remote import remote, remote_tcp
 from support.running import eventually
@@ -120,6 +121,27 @@ def test_other_snapshots_come_and_go_while_the_file_grows(image: Path) -> None:
                 assert client.pread(MiB, 0) == expected[:MiB]
         assert ours.copy("new2") == qemu.content(image, "new2")
         assert not ours.log
+
+
+def test_a_running_qemu_may_take_delete_and_write(image: Path) -> None:
+    expected = qemu.content(image, "one")
+    with (
+        running(image) as vm,
+        vm.guest() as guest,
+        remote("file", image) as server,
+        serve(file=server.uri) as ours,
+        ours.connect("one") as client,
+    ):
+        for number in range(5):
+            guest.pwrite(bytes([number + 1]) * MiB, number * 512 * KiB)
+            vm.take("other")
+            assert client.pread(len(expected), 0) == expected
+            vm.delete("other")
+            assert client.pread(len(expected), 0) == expected
+        assert not ours.log
+        vm.delete("one")
+        guest.pwrite(b"x" * 4 * MiB, 0)
+        fails_to_read(client)
 
 
 def test_the_way_back_survives_going_into_the_background(image: Path) -> None:

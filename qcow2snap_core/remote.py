@@ -7,6 +7,10 @@ once; after that it is an error, and the next request tries anew.
 
 A connection knows the size that the export had when it was made.  What a running QEMU appends is
 therefore seen by connections that are younger: :meth:`RemoteFile.size` makes one now and then.
+
+They must all lead to the same file, or the guard would ask one about data from another, and NBD
+has no word for that.  A file that replaced another on the server shows by its size at most.  So
+when a new connection sees another size, or one was lost, those from before are not used again.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ _numbers = count()
 class _Connection(NamedTuple):
     handle: Any
     size: int  # of the export when it was made
+    generation: int
 
 
 class RemoteFile:
@@ -55,6 +60,7 @@ class RemoteFile:
         self._closed = False
         self._size = 0
         self._measured = 0.0
+        self._generation = 0  # of the connections that are still used
         try:
             first = self._connect(_PATIENCE)
         except (StorageError, ValueError) as e:  # libnbd takes UTF-8 without a NUL
@@ -68,8 +74,8 @@ class RemoteFile:
     # --- Storage ---
 
     def size(self) -> int:
-        """The size a second ago; where one connection is all there may be, the one at the start."""
-        if self._many and time.monotonic() - self._measured > _SIZE_HOLDS_FOR:
+        """The size a second ago; where the server takes one connection only, that at the start."""
+        if time.monotonic() - self._measured > _SIZE_HOLDS_FOR:
             self._measure()
         return self._size
 
@@ -127,16 +133,17 @@ class RemoteFile:
 
     def _inside(self, length: int, offset: int) -> int:
         """How much of a range is inside the export."""
-        size = self._size
-        if offset + length > size:
-            size = self.size()
-        return max(0, min(length, size - offset))
+        if offset + length > self._size:
+            # What is short is taken for the file's end, and its last cluster filled with zeros: so
+            # this has to be the end that it has now.
+            self._measure()
+        return max(0, min(length, self._size - offset))
 
     def _read(self, length: int, offset: int) -> bytearray:
         """That much from inside the export."""
         try:
             for again in (True, False):
-                connection = self._take(offset + length)
+                connection = self._take()
                 try:
                     data: bytearray = connection.handle.pread(length, offset)
                     return data
@@ -144,7 +151,8 @@ class RemoteFile:
                     lost = connection.handle.aio_is_dead() or connection.handle.aio_is_closed()
                     if not (lost and again):
                         raise StorageError(said(e)) from e
-                    self._drop_idle()
+                    if connection.generation == self._generation:
+                        self._new_generation()
                 finally:
                     self._give(connection)
         except StorageError as e:
@@ -155,42 +163,51 @@ class RemoteFile:
         raise AssertionError
 
     def _measure(self) -> None:
-        """Learn the size from a new connection, which takes an idle one's place: the server may
-        have no room for one more."""
-        if not self._many:
+        """Learn the size from a new connection."""
+        if time.monotonic() < self._measured:
+            return  # it failed a moment ago
+        full = 1 < self._limit <= self._made  # as was seen when one more was wanted
+        if (not full and self._renew()) or (self._make_room() and self._renew()):
             return
-        self._measured = time.monotonic()  # others need not do it too
-        with self._changed:
-            old = self._idle.pop(0) if self._idle else None
-            self._made -= old is not None
-        if old is not None:
-            self._end(old, _PATIENCE_FOR_MORE)
+        self._measured = time.monotonic() + _PAUSE_AFTER_FAILURE
+
+    def _renew(self) -> bool:
+        """Make a connection, and keep it if none is idle; whether it could be made."""
         try:
             connection = self._connect(_PATIENCE_FOR_MORE)
-        except Error:
-            self._measured = time.monotonic() + _PAUSE_AFTER_FAILURE
-            return  # a read will say it
+        except StorageError:
+            return False
         with self._changed:
-            if self._made < self._limit and not self._closed:
+            if not self._idle and self._made < self._limit and not self._closed:
                 self._made += 1
-                self._idle.append(connection)
-                self._changed.notify()
-            else:
-                self._end(connection)
+                self._give(connection)
+                return True
+        self._end(connection)
+        return True
+
+    def _make_room(self) -> bool:
+        """End an idle connection, but never the only one: there are servers that end with it."""
+        with self._changed:
+            if self._made < 2 or not self._idle:
+                return False
+            self._made -= 1
+            old = self._idle.pop(0)
+        self._end(old, _PATIENCE_FOR_MORE)
+        return True
 
     # --- Connections ---
 
-    def _take(self, end: int) -> _Connection:
-        """One that nobody else uses and that knows the export up to ``end``."""
+    def _take(self) -> _Connection:
+        """One that nobody else uses, of the present generation."""
         while True:
             with self._changed:
                 while not self._idle and self._made >= self._limit:
                     self._changed.wait()
                 if self._idle:
                     connection = self._idle.pop()
-                    if connection.size >= end or not self._many:
+                    if connection.generation == self._generation:
                         return connection
-                    self._made -= 1  # an old one: its size is from before the export grew
+                    self._made -= 1
                     self._end(connection)
                     continue
                 self._made += 1
@@ -213,18 +230,18 @@ class RemoteFile:
     def _give(self, connection: _Connection) -> None:
         """Back from :meth:`_take`; whether it still works is looked at here."""
         with self._changed:
-            if connection.handle.aio_is_ready() and not self._closed:
+            current = connection.generation == self._generation and not self._closed
+            if current and connection.handle.aio_is_ready():
                 self._idle.append(connection)
             else:
                 self._made -= 1
                 self._end(connection)
             self._changed.notify()
 
-    def _drop_idle(self) -> None:
-        """One was lost: the others that lead to the same server are hardly better."""
+    def _new_generation(self) -> None:
+        """Do not use those again that there are; the ones in use are dropped when given back."""
         with self._changed:
-            self._made -= len(self._idle)
-            self._idle.clear()
+            self._generation += 1
 
     def _connect(self, patience: float) -> _Connection:
         """Raises StorageError with the reason alone."""
@@ -237,11 +254,15 @@ class RemoteFile:
                 left = deadline - time.monotonic()
                 if left <= 0 or not handle.poll(max(1, int(left * 1000))):
                     raise StorageError("the server does not answer")
-            self._size = handle.get_size()
-            self._measured = time.monotonic()
-            return _Connection(handle, self._size)
+            size = handle.get_size()
         except self._nbd.Error as e:
             raise StorageError(said(e)) from e
+        with self._changed:
+            if size != self._size:
+                self._size = size
+                self._new_generation()
+            self._measured = time.monotonic()
+            return _Connection(handle, size, self._generation)
 
     def _end(self, connection: _Connection, patience: float = 0) -> None:
         """Say goodbye, and wait for the answer for that many seconds at the most."""

@@ -74,6 +74,32 @@ def test_growth_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert file.read(512, MiB - 512) == bytes(512)
 
 
+@pytest.mark.parametrize(
+    "filters", [(), ("--filter=multi-conn", "multi-conn-mode=disable")], ids=["many", "one"]
+)
+def test_a_read_across_the_end_is_short_only_at_the_present_end(
+    tmp_path: Path, filters: tuple[str, ...]
+) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(DATA)
+    with remote(*filters[:1], "file", path, *filters[1:]) as server:
+        file = RemoteFile(server.uri)
+        assert file.size() == len(DATA)  # and it was asked for a moment ago
+        path.write_bytes(DATA + b"more" * 256)
+        assert file.read(2048, len(DATA) - 1024) == DATA[-1024:] + b"more" * 256
+        file.close()
+
+
+def test_a_server_that_ends_with_its_last_client_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SIZE_HOLDS_FOR", 0)
+    with opened(tmp_path, "--filter=exitlast") as file:
+        for _ in range(5):
+            assert file.size() == len(DATA)
+            assert file.read(9, 7) == DATA[7:16]
+
+
 def test_pieces_are_compared(tmp_path: Path) -> None:
     with opened(tmp_path) as file:
         assert file.holds(((DATA[:12], 0), (DATA[600:700], 600)))
@@ -137,4 +163,20 @@ def test_the_size_is_asked_for_where_there_is_no_room_for_more(
             os.truncate(path, size)
             # nbdkit counts a connection until a moment after its end.
             eventually(lambda size=size: file.size() == size)
+        file.close()
+
+
+def test_no_connection_from_before_is_used_once_the_file_was_replaced(tmp_path: Path) -> None:
+    path, other = tmp_path / "disk.raw", tmp_path / "other.raw"
+    path.write_bytes(DATA)
+    other.write_bytes(DATA[::-1] + b"end")
+    with remote("--filter=delay", "file", path, "rdelay=100ms") as server:
+        file = RemoteFile(server.uri)
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(lambda _: file.read(9, 7), range(3))) == {DATA[7:16]}
+            other.replace(path)
+            # One more than there are: it leads to the new file, and so must all from now on.
+            list(pool.map(lambda _: file.read(9, 7), range(4)))
+            new = DATA[::-1][7:16]
+            assert set(pool.map(lambda _: file.read(9, 7), range(4))) == {new}
         file.close()

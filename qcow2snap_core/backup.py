@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -23,11 +22,21 @@ from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
+from .libnbd import is_uri
 from .outputs import check_other, check_space, output
 from .progress import progress
 from .storage import open_storage
 from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
-from .transfer import THREADS, Amount, Plan, RawSource, count, transfer, whole
+from .transfer import (
+    THREADS,
+    THREADS_REMOTE,
+    Amount,
+    Plan,
+    RawSource,
+    count,
+    transfer,
+    whole,
+)
 from .units import binary
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
@@ -55,9 +64,11 @@ def copy(
     """
     began = time.monotonic()
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
-    job = _Job(new, plan, count(plan), since)
+    threads = THREADS_REMOTE if is_uri(image.path) else THREADS
+    job = _Job(new, plan, count(plan), since, threads)
     kind = file_kind(target)
-    if re.match(r"nbds?(\+[a-z]+)?://", target):
+    if is_uri(target):
+        check_other(image.files, target)
         job.into(NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS), target)
     elif kind == stat.S_IFBLK:
         check_other(image.files, target)
@@ -77,10 +88,13 @@ def copy(
 class _Job:
     """What is to be moved, and the ways to move it."""
 
-    def __init__(self, new: Disk, plan: Plan, amount: Amount, since: Disk | None) -> None:
+    def __init__(
+        self, new: Disk, plan: Plan, amount: Amount, since: Disk | None, threads: int
+    ) -> None:
         self._new = new
         self._plan = plan
         self._since = since
+        self._threads = threads
         self.amount = amount
 
     def into(self, target: Target, name: str) -> None:
@@ -120,7 +134,7 @@ class _Job:
 
     def _move(self, target: Target) -> None:
         with progress("copying", self.amount.data) as advance:
-            transfer(self._new, self._plan, target, advance)
+            transfer(self._new, self._plan, target, advance, self._threads)
 
     def _clone(self, path: str, fd: int) -> None:
         """Make the empty file a copy of the old one."""

@@ -22,6 +22,7 @@ from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer
 from .errors import UsageError, shown
 from .image import Image
 from .interrupts import check
+from .libnbd import is_uri
 from .locks import check_quiet
 from .outputs import check_other, check_space, output
 from .progress import Advance, progress
@@ -55,6 +56,7 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
     Raises UsageError before anything is written when that cannot be done.
     """
     _check_directory(directory)
+    _check_local(image)
     check_quiet(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
@@ -143,6 +145,12 @@ def _relative(name: str) -> str:
     return f"./{name}" if ":" in name else name
 
 
+def _check_local(image: Image) -> None:
+    """What qemu-img has a part in takes files."""
+    if is_uri(image.path):
+        raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
+
+
 def _check_directory(directory: str) -> None:
     if not os.path.lexists(directory):
         parent = os.path.dirname(os.path.realpath(directory))
@@ -164,6 +172,7 @@ def join(top: Image, out: str, warn: Warn) -> list[str]:
     Raises UsageError before anything is written when that cannot be done.
     """
     check_other(top.files, out)
+    _check_local(top)
     check_quiet(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]

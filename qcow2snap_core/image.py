@@ -22,6 +22,7 @@ from .encryption import open_encryption
 from .errors import ImageError, UsageError, escaped, shown
 from .guard import Guard, SnapshotGuard, Unguarded
 from .header import Header, read_header
+from .libnbd import is_uri
 from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
@@ -279,11 +280,13 @@ class Image:
 def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 (immutable)
     """Open a qcow2 file and its backing chain, read-only and without any lock.
 
+    ``path`` is that of a file or block device, or an NBD URI.
+
     Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read.
     """
     shared = _Shared(options)
     try:
-        image = Image(open_storage(path), shared)
+        image = Image(_open_file(path), shared)
         if options.passphrases and options.data and not shared.encrypted:
             raise UsageError(f"{shown(path)} is not encrypted: leave out the passphrase")
         return image
@@ -291,6 +294,15 @@ def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 
         for storage in shared.storages:
             storage.close()
         raise
+
+
+def _open_file(path: str) -> Storage:
+    """What the user names; the only place where that may be remote."""
+    if is_uri(path):
+        from .remote import RemoteFile
+
+        return RemoteFile(path)
+    return open_storage(path)
 
 
 def _enter_chain(storage: Storage, shared: _Shared) -> int:

@@ -27,7 +27,7 @@ def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
     are appended to ``descriptors``, and whoever calls closes them.
     """
     options = image.options
-    found = [f"file={os.path.abspath(image.path)}"]
+    found = [f"file={image.storage.absolute}"]
     found += [f"snapshot-id={snapshot.id}"] if snapshot.id else []
     found += [f"snapshot-name={snapshot.name}"] if snapshot.name else []
     found += [f"allow-dir={os.path.abspath(d)}" for d in options.allow_dirs]

@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from .errors import UsageError, shown
+from .libnbd import absolute, is_uri
 from .storage import Storage
 from .units import binary
 
@@ -45,7 +46,10 @@ def output(path: str) -> Iterator[str]:
 
 
 def check_other(files: Iterable[Storage], path: str) -> None:
-    """Raises UsageError when the path is one of the files that are being read."""
+    """Raises UsageError when the path or URI is one of the files that are being read."""
+    if is_uri(path):
+        _check_other_uri(files, path)
+        return
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -55,6 +59,13 @@ def check_other(files: Iterable[Storage], path: str) -> None:
     for file in files:
         if file.inode == inode:
             raise UsageError(f"{shown(path)} is {shown(file.path)}, which is being copied")
+
+
+def _check_other_uri(files: Iterable[Storage], uri: str) -> None:
+    """The same export may have many URIs; this is for the slip of giving one twice."""
+    for file in files:
+        if file.absolute == absolute(uri):
+            raise UsageError(f"{shown(file.path)} is being copied, it cannot be the target")
 
 
 def check_space(directory: str, needed: int, what: str) -> None:

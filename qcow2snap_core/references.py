@@ -5,6 +5,9 @@ names.  So each is resolved to the real file first (:func:`.storage.open_storage
 path of what it holds, symlinks gone), and then it must lie in the directory of the image that
 names it, in one below, or in one that the user trusts with ``allow-dir=``.  Protocol names, which
 QEMU would follow to a network server or into a ``json:`` tree, are refused outright.
+
+An image behind NBD lies in no directory of this machine, so all that it names must be absolute and
+in an ``allow-dir=``.
 """
 
 from __future__ import annotations
@@ -30,16 +33,15 @@ class Policy:
         """
 
         def permit(real: str) -> None:
-            here = (image.directory, *self._allowed)
-            if not any(_lies_in(real, directory) for directory in here):
+            own = () if image.directory is None else (image.directory,)
+            if not any(_lies_in(real, directory) for directory in (*own, *self._allowed)):
                 raise UsageError(
                     f"{shown(real)} lies outside the directory of the image that names it: "
                     f"add allow-dir={escaped(os.path.dirname(real))} if you trust it"
                 )
 
         try:
-            path = os.path.join(image.directory, _plain_path(name))
-            return open_storage(path, permit)
+            return open_storage(_joined(image.directory, _plain_path(name)), permit)
         except UsageError as e:
             raise UsageError(f"the {role} of {shown(image.path)}: {e}") from e
 
@@ -52,6 +54,15 @@ def _directory(path: str) -> str:
             f"allow-dir={escaped(path)}: {reason(e)}: give an existing directory"
         ) from e
     return os.path.realpath(path)
+
+
+def _joined(directory: str | None, path: str) -> str:
+    if directory is None and not os.path.isabs(path):
+        raise UsageError(
+            f"{shown(path)} is relative, and an image behind NBD lies in no directory: copy the "
+            f"whole chain here, or record an absolute name and give its directory to allow-dir="
+        )
+    return os.path.join(directory or "/", path)
 
 
 def _lies_in(path: str, directory: str) -> bool:

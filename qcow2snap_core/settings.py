@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Final
 
 from .errors import UsageError, escaped
 from .image import BACKING_FORMATS, Image, Options, open_image
+from .libnbd import absolute, is_uri
 from .passphrase import read_passphrase
 from .snapshots import Choice
+from .storage import from_here
 from .units import parse_size
 
 _ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
@@ -81,8 +82,7 @@ class Settings:
 
 
 def _from_here(key: str, value: str) -> str:
-    """Absolute, because nbdkit changes directory when it goes into the background; but not
-    normalized, since ``a/..`` need not be ``.`` when ``a`` is a symlink."""
+    """Absolute, because nbdkit changes directory when it goes into the background."""
     if not value:
         raise UsageError(f"{key}= is empty: give a path")
-    return os.path.join(os.getcwd(), value)
+    return absolute(value) if key == "file" and is_uri(value) else from_here(value)

@@ -33,7 +33,8 @@ class Storage(Protocol):
     """Something with bytes at host offsets."""
 
     path: str  # as an error line should name it
-    directory: str  # where the names in an image that lies here start from
+    absolute: str  # what opens it again, from any directory
+    directory: str | None  # where the names in an image that lies here start from, if anywhere
     inode: tuple[int, int]  # which file it is, by whatever name
 
     def size(self) -> int:
@@ -93,6 +94,11 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         os.close(handle)
 
 
+def from_here(path: str) -> str:
+    """Absolute, but not normalized: ``a/..`` need not be ``.`` when ``a`` is a symlink."""
+    return os.path.join(os.getcwd(), path)
+
+
 def _inode(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):  # a device may have several nodes
@@ -124,7 +130,8 @@ class File:
 
     def __init__(self, path: str, real: str, fd: int) -> None:
         self.path = path
-        self.directory = os.path.dirname(real)
+        self.absolute = from_here(path)
+        self.directory: str | None = os.path.dirname(real)
         self.inode = _inode(fd)
         self._fd = fd
 
@@ -215,7 +222,8 @@ class BlockDevice:
 
     def __init__(self, path: str, real: str, fd: int) -> None:
         self.path = path
-        self.directory = os.path.dirname(real)
+        self.absolute = from_here(path)
+        self.directory: str | None = os.path.dirname(real)
         self.inode = _inode(fd)
         self._fd = fd
         # Anonymous memory is aligned, and nothing can shrink it.

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 from .errors import StorageError, UsageError, reason, shown
+from .libnbd import libnbd, said
 
 
 class Target(Protocol):
@@ -117,7 +118,7 @@ class NbdTarget:
                     self._open(lambda handle: handle.connect_uri(uri))
         except self._nbd.Error as e:
             self.close()
-            raise UsageError(f"cannot open {shown(name)}: {_said(e)}") from e
+            raise UsageError(f"cannot open {shown(name)}: {said(e)}") from e
         except BaseException:
             self._kill_server()
             self.close()
@@ -144,7 +145,7 @@ class NbdTarget:
                 if handle.can_flush():
                     handle.flush()
             except self._nbd.Error as e:
-                raise _failed(self._name, 0, _said(e)) from e
+                raise _failed(self._name, 0, said(e)) from e
 
     def close(self) -> None:
         """Disconnect; waits for the end of a server that was started for this."""
@@ -172,18 +173,9 @@ class NbdTarget:
         try:
             do(handle)
         except self._nbd.Error as e:
-            raise _failed(self._name, offset, _said(e)) from e
+            raise _failed(self._name, offset, said(e)) from e
         finally:
             self._idle.put(handle)
-
-
-def libnbd() -> Any:
-    """The module nbd.  Raises UsageError that names the package when it is missing."""
-    try:
-        import nbd
-    except ImportError:
-        raise UsageError("libnbd's Python module is missing: install python3-libnbd") from None
-    return nbd
 
 
 def file_kind(path: str) -> int | None:
@@ -192,10 +184,6 @@ def file_kind(path: str) -> int | None:
         return stat.S_IFMT(os.stat(path).st_mode)
     except FileNotFoundError:
         return None
-
-
-def _said(e: Any) -> str:
-    return str(e.string).partition(": ")[2] or str(e.string)
 
 
 def _failed(name: str, offset: int, why: str) -> StorageError:

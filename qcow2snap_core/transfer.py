@@ -22,6 +22,7 @@ from .targets import Target
 Plan = Callable[[], Iterable[Extent]]
 
 THREADS: Final = min(8, max(2, os.cpu_count() or 1))
+THREADS_REMOTE: Final = 8  # they wait for a server, not for a processor
 
 # The largest cluster: no compressed one is then decoded for two pieces.
 _PIECE: Final = 2 << 20
@@ -93,7 +94,9 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield last
 
 
-def transfer(source: Source, plan: Plan, target: Target, advance: Advance) -> None:
+def transfer(
+    source: Source, plan: Plan, target: Target, advance: Advance, threads: int = THREADS
+) -> None:
     """Write the plan's ranges of the source to the target, and zeros where it says so.
 
     ``advance`` hears of data alone, since zeros take no time worth showing.
@@ -113,9 +116,9 @@ def transfer(source: Source, plan: Plan, target: Target, advance: Advance) -> No
             else:
                 target.zero(piece.offset, piece.length)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            futures = [pool.submit(work) for _ in range(THREADS)]
+            futures = [pool.submit(work) for _ in range(threads)]
             running = True
             while running:
                 check()

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,14 @@ from .. import __version__
 from ..errors import Error, escaped, reason
 
 COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve")
+
+
+def command() -> int:
+    """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
+    status = main()
+    # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

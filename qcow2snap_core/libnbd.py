@@ -1,0 +1,52 @@
+"""NBD URIs, and libnbd's Python module, which is loaded when it is first needed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+from .errors import UsageError, escaped
+from .storage import from_here
+
+_BYTES: Final[Any] = {"errors": "surrogateescape"}  # names of files need not be UTF-8
+
+
+def libnbd() -> Any:
+    """The module nbd.  Raises UsageError that names the package when it is missing."""
+    try:
+        import nbd
+    except ImportError:
+        raise UsageError("libnbd's Python module is missing: install python3-libnbd") from None
+    return nbd
+
+
+def said(error: Any) -> str:
+    """What one of its errors says, without the name of the C function."""
+    return escaped(str(error.string).partition(": ")[2] or str(error.string))
+
+
+def is_uri(path: str) -> bool:
+    """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
+    return re.match(r"nbds?(\+[a-z]+)?://", path) is not None
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without user, password and names of key files."""
+    head, _, query = uri.partition("?")
+    scheme, _, rest = head.partition("://")
+    host, slash, export = rest.partition("/")
+    socket = [f"?{field}" for field in query.split("&") if field.startswith("socket=")]
+    return escaped(f"{scheme}://{host.rpartition('@')[2]}{slash}{export}{''.join(socket)}")
+
+
+def absolute(uri: str) -> str:
+    """The URI with absolute names of files, since nbdkit changes directory."""
+    head, mark, query = uri.partition("?")
+    fields = []
+    for field in query.split("&"):
+        key, equals, value = field.partition("=")
+        if key in ("socket", "tls-certificates", "tls-psk-file") and value:
+            value = quote(from_here(unquote(value, **_BYTES)), **_BYTES)
+        fields.append(f"{key}{equals}{value}")
+    return f"{head}{mark}{'&'.join(fields)}"

@@ -19,7 +19,8 @@ help:
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
-	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin; images in build/bench/"
+	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
+	@echo "                     and build/bench.svg"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
@@ -53,6 +54,7 @@ ROUNDS ?= 5
 bench:
 	@packaging/install-deps bench
 	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
+	$(PYTHON) benchmarks/chart.py build/bench.json build/bench.svg
 
 # One test at a time: each makes load enough for a machine.
 test-live: deps-test

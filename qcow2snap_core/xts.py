@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from threading import Lock
 from types import ModuleType
 from typing import Any, Final
 
@@ -69,6 +70,10 @@ class XtsSectors:
 class _Arrays:
     """The working memory for sectors that are decrypted at once, and how that is done."""
 
+    # Each of numpy's short calls hands the interpreter over; threads that do so to each other all
+    # the time lose more than a second core gains.
+    _turn = Lock()
+
     def __init__(self, numpy: Any) -> None:
         self._np = numpy
         # By block in the sector, then by sector: the tweaks' halves, and what is carried between.
@@ -90,7 +95,8 @@ class _Arrays:
     def decrypt(self, view: memoryview, first: memoryview, ecb: Ecb) -> None:
         """Decrypt at most ``_AT_ONCE`` sectors in place; ``first`` has the first tweak of each."""
         np, count = self._np, len(view) // SECTOR
-        self._multiply(first, count)
+        with self._turn:
+            self._multiply(first, count)
         tweaks = self._tweaks[:count]
         tweaks[:, :, 0] = self._low[:, :count].T
         tweaks[:, :, 1] = self._high[:, :count].T

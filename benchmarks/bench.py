@@ -229,7 +229,8 @@ def main() -> int:
     for name, value in seconds.items():
         print(f"start to first byte, {name}: {value * 1000:.0f} ms")
     if args.json:
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
+        kernel = platform.release().split("-")[0]
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, Linux {kernel}"
         everything = {
             "date": date.today().isoformat(),
             "machine": machine,

@@ -11,13 +11,13 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbd
 import pytest
-from support import qemu
+from support import qemu, secret
 from support.guest import BLOCK, Expected, Guest, Life, Reader, Salvo, Tally, block
 from support.live import Qemu, running, stopped
 from support.qemu import KiB, MiB
@@ -40,9 +40,13 @@ class Shape(NamedTuple):
     options: dict[str, Any]
     compressed: bool = False
     discard: bool = False
+    secrets: secret.Secrets = ()
 
     def make(self, path: Path) -> Guest:
         """The image; compressed, it begins as one that qemu-img compressed."""
+        if self.secrets:
+            secret.create(path, BLOCKS * BLOCK, self.secrets, **self.options)
+            return Guest(BLOCKS)
         if not self.compressed:
             qemu.create(path, BLOCKS * BLOCK, **self.options)
             return Guest(BLOCKS)
@@ -52,7 +56,11 @@ class Shape(NamedTuple):
         return Guest(BLOCKS, 1)
 
     def run(self, path: Path) -> Any:
-        return running(path, self.cache, discard=self.discard)
+        return running(path, self.cache, discard=self.discard, secrets=self.secrets)
+
+    def serve(self, path: Path) -> AbstractContextManager[Server]:
+        keys = {"passphrase": self.secrets[0]} if self.secrets else {}
+        return serve(file=path, **keys)
 
 
 SHAPES = {
@@ -60,6 +68,7 @@ SHAPES = {
     "none": Shape("none", {"cluster_size": 4 * KiB}, discard=True),
     "compressed": Shape("none", {}, compressed=True),
     "subclusters": Shape("writeback", {"extended_l2": "on"}, discard=True),
+    "encrypted": Shape("none", {"encrypt.format": "luks"}, discard=True, secrets=("open sesame",)),
 }
 
 
@@ -128,7 +137,7 @@ def test_steady_load(tmp_path: Path, shape: Shape) -> None:
     guest = shape.make(path)
     total, kept, rng = Tally(), Tally(), random.Random(3)
     with ExitStack() as stack:
-        server = stack.enter_context(serve(file=path))
+        server = stack.enter_context(shape.serve(path))
         q = stack.enter_context(shape.run(path))
         with q.guest() as disk:
             guest.write_all(disk, WRITTEN)
@@ -167,7 +176,7 @@ def test_deleted_under_load(tmp_path: Path, shape: Shape) -> None:
     guest = shape.make(path)
     total = Tally()
     with ExitStack() as stack:
-        server = stack.enter_context(serve(file=path))
+        server = stack.enter_context(shape.serve(path))
         q = stack.enter_context(shape.run(path))
         disk = stack.enter_context(q.guest())
         guest.write_all(disk, WRITTEN // 2)
@@ -207,7 +216,7 @@ def test_deleted_while_the_server_hangs(tmp_path: Path, shape: Shape) -> None:
     guest = shape.make(path)
     total, rng = Tally(), random.Random(6)
     with ExitStack() as stack:
-        server = stack.enter_context(serve(file=path))
+        server = stack.enter_context(shape.serve(path))
         q = stack.enter_context(shape.run(path))
         disk = stack.enter_context(q.guest())
         for _ in range(2 * ROUNDS):
@@ -232,7 +241,7 @@ def test_qemu_killed_in_the_middle_of_writing(tmp_path: Path, shape: Shape) -> N
     guest = shape.make(path)
     rng = random.Random(5)
     with ExitStack() as stack:
-        server = stack.enter_context(serve(file=path))
+        server = stack.enter_context(shape.serve(path))
         watched: list[Watched] = []
         for number in range(KILLS):
             with shape.run(path) as q:

@@ -22,6 +22,8 @@ from typing import Any
 
 import nbd
 
+from .secret import Secrets, objects
+
 # How libvirt's cache modes of the same names open a file.
 CACHE_MODES = {
     "writeback": "cache.direct=off,aio=threads",
@@ -98,20 +100,24 @@ class Qemu:
 
 
 @contextmanager
-def running(path: Path, cache: str = "writeback", *, discard: bool = False) -> Iterator[Qemu]:
+def running(
+    path: Path, cache: str = "writeback", *, discard: bool = False, secrets: Secrets = ()
+) -> Iterator[Qemu]:
     """QEMU with the image (a file or a block device) open until the block ends.
 
     ``discard``: what QEMU frees is punched out of the file and so reads as zeros.
     """
     driver = "host_device" if stat.S_ISBLK(path.stat().st_mode) else "file"
+    key = ",encrypt.format=luks,encrypt.key-secret=s0" if secrets else ""
     unmap = f"discard={'unmap' if discard else 'ignore'}"
     with tempfile.TemporaryDirectory() as directory:
         qmp_socket, nbd_socket = Path(directory, "qmp"), Path(directory, "nbd")
         line = [
             "qemu-storage-daemon",
+            *objects(secrets),
             f"--blockdev=driver={driver},node-name=file,{unmap},{CACHE_MODES[cache]},"
             f"filename={path}",
-            f"--blockdev=driver=qcow2,node-name=disk,file=file,{unmap}",
+            f"--blockdev=driver=qcow2,node-name=disk,file=file,{unmap}{key}",
             f"--nbd-server=addr.type=unix,addr.path={nbd_socket},max-connections=0",
             "--export=type=nbd,id=export,node-name=disk,name=disk,writable=on",
             f"--chardev=socket,id=qmp,path={qmp_socket},server=on,wait=off",

@@ -58,6 +58,11 @@ class Shape(NamedTuple):
     def run(self, path: Path) -> Any:
         return running(path, self.cache, discard=self.discard, secrets=self.secrets)
 
+    def img(self, path: Path, command: str, *arguments: str) -> None:
+        """qemu-img, while nothing else has the image open."""
+        given = secret.opened(path, self.secrets) if self.secrets else [path]
+        qemu.run("qemu-img", command, *secret.objects(self.secrets), *arguments, *given)
+
     def serve(self, path: Path) -> AbstractContextManager[Server]:
         keys = {"passphrase": self.secrets[0]} if self.secrets else {}
         return serve(file=path, **keys)
@@ -256,8 +261,8 @@ def test_qemu_killed_in_the_middle_of_writing(tmp_path: Path, shape: Shape) -> N
                     each.wait(reads=2)
             if len(watched) > 3:
                 first = watched.pop(0)
-                qemu.run("qemu-img", "check", "-q", "-r", "leaks", path)
-                first.life.end(lambda n=number: qemu.delete(path, f"s{n - 3}"))
+                shape.img(path, "check", "-q", "-r", "leaks")
+                first.life.end(lambda n=number: shape.img(path, "snapshot", "-d", f"s{n - 3}"))
                 first.wait(failed=2)
                 assert first.finish().bad == {}
         for each in watched:

@@ -39,6 +39,7 @@ from qcow2snap_core import codecs, luks, mapping, snapshots
 from qcow2snap_core.cache import BoundedCache
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.header import read_header
+from qcow2snap_core.storage import Pieces
 
 
 class Bytes:
@@ -53,6 +54,9 @@ class Bytes:
 
     def size(self) -> int:
         return len(self._data)
+
+    def holds(self, pieces: Pieces) -> bool:
+        return all(self.read(len(content), at) == content for content, at in pieces)
 
     def read(self, length: int, offset: int) -> bytes:
         assert length >= 0

@@ -1,4 +1,4 @@
-"""What one request may cost in CPU: counted, so that nothing here depends on the machine's speed.
+"""What one request may cost in CPU and memory: counted, so that nothing here depends on the machine's speed.
 
 Each image makes one thing dear that the number of its pieces does not show.
 """
@@ -6,14 +6,20 @@ Each image makes one thing dear that the number of its pieces does not show.
 from __future__ import annotations
 
 import struct
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import damage, qemu
-from support.qemu import KiB
+from support.devices import opened
+from support.qemu import KiB, MiB
 from support.streams import slow
 
 from qcow2snap_core import ondisk as q
+from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.clusters import Clusters
 from qcow2snap_core.codecs import Codec, Libdeflate, Zlib
 from qcow2snap_core.disk import Disk, Extent
 from qcow2snap_core.errors import Error, ImageError
@@ -139,3 +145,50 @@ def test_an_error_from_far_below_names_two_layers(tmp_path: Path) -> None:
         assert "/0.qcow2" in said
         with pytest.raises(Error, match="/0.qcow2.*lies past the end"):
             list(disk.extents(0, 512))
+
+
+# --- Memory ---
+
+
+class Counting(Zlib):
+    """Knows how many use it at once; each waits until one too many has come, or nobody comes."""
+
+    def __init__(self, too_many: int) -> None:
+        self.most = self._now = 0
+        self._too_many = too_many
+        self._changed = threading.Condition()
+
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        with self._changed:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most >= self._too_many, timeout=0.1)
+        super().decode_into(stream, target)
+        with self._changed:
+            self._now -= 1
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(2 * MiB, 3), (64 * KiB, 6)])
+@pytest.mark.parametrize("length", [1, None])
+def test_few_large_clusters_are_decoded_at_once(
+    tmp_path: Path, size: int, at_once: int, length: int | None
+) -> None:
+    path = tmp_path / "file"
+    packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+    path.write_bytes(bytes(size) + packer.compress(b"x" * size) + packer.flush() + bytes(4 * KiB))
+    codec = Counting(6)
+    sectors = (path.stat().st_size - size) // 512 - 1
+    bits = size.bit_length() - 1
+    entry = 1 << 62 | sectors << 62 - (bits - 8) | size
+    with opened(path) as storage:
+        clusters = Clusters(storage, storage, bits, codec, BoundedCache(0))
+
+        def read(number: int) -> None:
+            buffer = memoryview(bytearray(length or size))
+            clusters.read_compressed(buffer, entry, number, 0, 0)
+            assert bytes(buffer) == b"x" * len(buffer)
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(read, range(6)))
+    assert codec.most == at_once

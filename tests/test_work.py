@@ -1,4 +1,4 @@
-"""What one request may cost in CPU and memory: counted, so that nothing here depends on the machine's speed.
+"""What one request may cost in CPU and memory: counted, not timed.
 
 Each image makes one thing dear that the number of its pieces does not show.
 """

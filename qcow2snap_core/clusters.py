@@ -176,17 +176,27 @@ class EncryptedClusters(Clusters):
         self._encryption = encryption
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
-        length = len(buffer)
-        lead = host % q.SECTOR
-        sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
+        length, lead = len(buffer), host % q.SECTOR
         if not lead and not length % q.SECTOR:
             super().read(buffer, host, guest)
+            sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
             self._decrypt(memoryview(buffer).cast("B"), sector)
             return
-        whole = memoryview(bytearray(-(-(lead + length) // q.SECTOR) * q.SECTOR))
-        super().read(whole, host - lead, guest - lead)
-        self._decrypt(whole, sector)
-        memoryview(buffer)[:] = whole[lead : lead + length]
+        # Whole sectors go where they are wanted, and only a part of one through a buffer of its
+        # own: a client may ask for 64 MiB from an odd offset.
+        view = memoryview(buffer).cast("B")
+        at = 0
+        while at < length:
+            lead = (host + at) % q.SECTOR
+            if lead or length - at < q.SECTOR:
+                whole = memoryview(bytearray(q.SECTOR))
+                self.read(whole, host + at - lead, guest + at - lead)
+                n = min(q.SECTOR - lead, length - at)
+                view[at : at + n] = whole[lead : lead + n]
+            else:
+                n = (length - at) // q.SECTOR * q.SECTOR
+                self.read(view[at : at + n], host + at, guest + at)
+            at += n
 
     def _decrypt(self, view: memoryview, sector: int) -> None:
         """A piece at a time: the ciphers need several times the memory of what they are given."""

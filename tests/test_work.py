@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,10 @@ from support.streams import slow
 
 from qcow2snap_core import ondisk as q
 from qcow2snap_core.cache import BoundedCache
-from qcow2snap_core.clusters import Clusters
+from qcow2snap_core.clusters import Clusters, EncryptedClusters
 from qcow2snap_core.codecs import Codec, Libdeflate, Zlib
 from qcow2snap_core.disk import Disk, Extent
+from qcow2snap_core.encryption import Encryption
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.image import open_image
 
@@ -192,3 +194,27 @@ def test_few_large_clusters_are_decoded_at_once(
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(read, range(6)))
     assert codec.most == at_once
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511])
+def test_an_odd_read_of_an_encrypted_disk_takes_no_second_buffer(
+    tmp_path: Path, offset: int
+) -> None:
+    ciphers = pytest.importorskip("qcow2snap_core.ciphers")
+    path = tmp_path / "data"
+    path.write_bytes(bytes(8 * MiB))
+    whole = bytearray(8 * MiB)
+    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
+    for at in range(0, len(whole), MiB):
+        cipher.decrypt(memoryview(whole)[at : at + MiB], at // 512)
+    buffer = bytearray(8 * MiB - offset - 3)
+    with opened(path) as storage:
+        parts = storage, storage, 16, Zlib(), BoundedCache(0)
+        clusters = EncryptedClusters(Encryption(cipher, True), *parts)
+        tracemalloc.start()
+        try:
+            clusters.read(buffer, offset, offset)
+            assert tracemalloc.get_traced_memory()[1] < 7 * MiB
+        finally:
+            tracemalloc.stop()
+    assert buffer == whole[offset : offset + len(buffer)]

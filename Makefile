@@ -9,7 +9,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-test
-.PHONY: mutants install uninstall deb rpm clean
+.PHONY: mutants fuzz install uninstall deb rpm clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
 	@echo "                     and build/bench.svg"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
+	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"

@@ -22,6 +22,7 @@ from qcow2snap_core import Error, Image, UsageError, __version__, codecs, encryp
 from qcow2snap_core.disk import Disk  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
+from qcow2snap_core.malloc import share_heaps  # noqa: E402
 from qcow2snap_core.settings import Settings  # noqa: E402
 from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
 from qcow2snap_core.threadstate import KeptThreadState  # noqa: E402
@@ -81,6 +82,7 @@ def config(key, value):
 
 def config_complete():
     global _image, _pinned
+    share_heaps()
     _image = _settings.open_image()
     if _image.header.dirty:
         why = "its refcounts may be wrong, its snapshots do not depend on them"

@@ -22,7 +22,7 @@ from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
-from .libnbd import is_uri
+from .libnbd import is_uri, without_secrets
 from .outputs import check_other, check_space, output
 from .progress import progress
 from .storage import open_storage
@@ -69,7 +69,8 @@ def copy(
     kind = file_kind(target)
     if is_uri(target):
         check_other(image.files, target)
-        job.into(NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS), target)
+        to = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
+        job.into(to, without_secrets(target))
     elif kind == stat.S_IFBLK:
         check_other(image.files, target)
         job.into(open_device(target), target)

@@ -7,6 +7,7 @@ keep, since losing an entry costs one read from the page cache or one decode.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Final, Generic, TypeVar
@@ -29,6 +30,9 @@ class BoundedCache(Generic[K, V]):
         self.used = 0
         self._items: dict[K, V] = {}
         self._sizes: dict[K, int] = {}
+        # Oldest first.  The dictionary has them in that order as well, but looks for its first item
+        # behind all the places of those that were dropped.
+        self._order: deque[K] = deque()
         self._lock = Lock()
         self._loading: dict[K, Lock] = {}
         #: ``get(key)``: the value or None.
@@ -55,12 +59,15 @@ class BoundedCache(Generic[K, V]):
         with self._lock:
             # Two can make one value after all, when one waited for a third that was dropped at
             # once: it then holds a lock that newcomers do not find.
-            self.used -= self._sizes.pop(key, 0)
-            self._items.pop(key, None)
+            if key in self._items:
+                self.used -= self._sizes.pop(key)
+                del self._items[key]
+                self._order.remove(key)
             while self.used + size > self.limit:
-                oldest = next(iter(self._items))
+                oldest = self._order.popleft()
                 del self._items[oldest]
                 self.used -= self._sizes.pop(oldest)
             self._items[key] = value
             self._sizes[key] = size
+            self._order.append(key)
             self.used += size

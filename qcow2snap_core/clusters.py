@@ -7,6 +7,8 @@ compressed stream to a full sector.  Anything else past the end of the file is d
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from threading import BoundedSemaphore
 from typing import Any, Final
 
 from . import ondisk as q
@@ -21,6 +23,11 @@ ClusterCache = BoundedCache[tuple[int, int], bytearray]
 
 _DECRYPTED: Final = 1 << 20  # at once
 _ZEROS = memoryview(bytes(1 << 20))
+
+# A cluster of 2 MiB is decoded with up to 10 MiB at hand, its stream, what comes out and the
+# decoder's window: that must not be multiplied by the number of clients.
+_LARGE: Final = 256 << 10
+_LARGE_TURNS: Final = BoundedSemaphore(3)
 
 
 def fill_zeros(view: memoryview) -> None:
@@ -53,6 +60,9 @@ class Clusters:
         self._size = 1 << cluster_bits
         self._codec = codec
         self._cache = cache
+        self._turn: AbstractContextManager[object] = (
+            nullcontext() if self._size < _LARGE else _LARGE_TURNS
+        )
         # The descriptor's layout (spec: "Compressed Clusters Descriptor").
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1
@@ -76,23 +86,19 @@ class Clusters:
         wanted, and what others read in small pieces stays in the cache.
         """
         cluster = self._cache.get((token, guest))
-        if cluster is None:
+        if cluster is not None:
+            view[:] = memoryview(cluster)[within : within + len(view)]
+            return
+        with self._turn:  # until the cluster is let go of again
             if len(view) == self._size:
                 self._decode(entry, view)
-                return
-            cluster = self.load(entry, token, guest)
-        view[:] = memoryview(cluster)[within : within + len(view)]
+            else:
+                view[:] = memoryview(self._load(entry, token, guest))[within : within + len(view)]
 
     def load(self, entry: int, token: int, guest: int) -> bytearray:
         """The decoded cluster, which the cache then holds."""
-
-        def decoded() -> bytearray:
-            data = bytearray(self._size)
-            with memoryview(data) as target:
-                self._decode(entry, target)
-            return data
-
-        return self._cache.load((token, guest), decoded, self._size)
+        with self._turn:
+            return self._load(entry, token, guest)
 
     def will_need(self, host: int, length: int) -> None:
         """Start to fetch standard clusters from the disk."""
@@ -112,6 +118,15 @@ class Clusters:
         return offset
 
     # --- Inside ---
+
+    def _load(self, entry: int, token: int, guest: int) -> bytearray:
+        def decoded() -> bytearray:
+            data = bytearray(self._size)
+            with memoryview(data) as target:
+                self._decode(entry, target)
+            return data
+
+        return self._cache.load((token, guest), decoded, self._size)
 
     def _decode(self, entry: int, target: memoryview) -> None:
         offset, length = self.stream(entry)
@@ -161,17 +176,27 @@ class EncryptedClusters(Clusters):
         self._encryption = encryption
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
-        length = len(buffer)
-        lead = host % q.SECTOR
-        sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
+        length, lead = len(buffer), host % q.SECTOR
         if not lead and not length % q.SECTOR:
             super().read(buffer, host, guest)
+            sector = (guest if self._encryption.by_guest_offset else host) // q.SECTOR
             self._decrypt(memoryview(buffer).cast("B"), sector)
             return
-        whole = memoryview(bytearray(-(-(lead + length) // q.SECTOR) * q.SECTOR))
-        super().read(whole, host - lead, guest - lead)
-        self._decrypt(whole, sector)
-        memoryview(buffer)[:] = whole[lead : lead + length]
+        # Whole sectors go where they are wanted, and only a part of one through a buffer of its
+        # own: a client may ask for 64 MiB from an odd offset.
+        view = memoryview(buffer).cast("B")
+        at = 0
+        while at < length:
+            lead = (host + at) % q.SECTOR
+            if lead or length - at < q.SECTOR:
+                whole = memoryview(bytearray(q.SECTOR))
+                self.read(whole, host + at - lead, guest + at - lead)
+                n = min(q.SECTOR - lead, length - at)
+                view[at : at + n] = whole[lead : lead + n]
+            else:
+                n = (length - at) // q.SECTOR * q.SECTOR
+                self.read(view[at : at + n], host + at, guest + at)
+            at += n
 
     def _decrypt(self, view: memoryview, sector: int) -> None:
         """A piece at a time: the ciphers need several times the memory of what they are given."""

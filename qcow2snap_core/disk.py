@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from time import thread_time_ns
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from . import ondisk as q
@@ -97,8 +98,8 @@ class RawLayer:
 
 # A client that asks to have data prefetched need not get all of it.
 _MOST_PREFETCHED: Final = 32 << 20
-_MOST_PREFETCHED_RUNS: Final = 4096
-_BATCH: Final = 4096
+_MOST_PREFETCHED_LOOKUPS: Final = 1 << 15
+_BATCH: Final = 4096  # the first one; each is twice as large as the one before
 
 
 class Disk:
@@ -195,12 +196,14 @@ class Disk:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
             length = min(length, _MOST_PREFETCHED)
-            work = Work(_MOST_PREFETCHED_RUNS)
+            work = Work(_MOST_PREFETCHED_LOOKUPS)
             for kind, host, guest, n in self._mapping.runs(self._base + offset, length, work):
                 if kind == DATA:
                     self._clusters.will_need(host, n)
                 elif kind == COMPRESSED:
+                    began = thread_time_ns()
                     self._clusters.load(host, self._mapping.token, guest & -self.cluster_size)
+                    work.took(began)
         except Error:
             return
 
@@ -237,6 +240,8 @@ class Disk:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
                     for piece in self._below.pieces(start, inside, work):
+                        if work is not None:
+                            work.left -= 1  # each layer above that it goes through costs as much
                         yield piece.offset, piece.length, piece.type, None, kind, 0
                     if work is not None and work.left < 0:
                         return
@@ -251,7 +256,7 @@ class Disk:
         if work is not None:
             work.left -= 1
         try:
-            kind, host, n = self._mapping.run(guest, length)
+            kind, host, n = self._mapping.run(guest, length, work)
             if n == length:
                 self._fill_run(buffer, kind, host, guest, work)
                 return
@@ -265,7 +270,7 @@ class Disk:
                 self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
-        if work.left < 0:
+        if guest + n < start + length:
             raise ImageError(
                 f"{self.name}: a read at guest offset {offset:#x} takes more than "
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
@@ -278,10 +283,13 @@ class Disk:
         if kind == DATA:
             self._clusters.read(buffer, entry, guest)
         elif kind == COMPRESSED:
+            began = 0 if work is None else thread_time_ns()
             within = guest & (self.cluster_size - 1)
             view = memoryview(buffer).cast("B")
             token = self._mapping.token
             self._clusters.read_compressed(view, entry, token, guest - within, within)
+            if work is not None:
+                work.took(began)
         elif kind == UNALLOCATED and self._below is not None:
             offset = guest - self._base
             inside = max(0, min(len(buffer), self._below.size - offset))
@@ -307,8 +315,11 @@ class Disk:
             raise self._located(e, guest) from e
 
     def _located(self, e: Error, guest: int) -> Error:
-        """The same error, saying whose and which guest offset could not be read."""
-        return type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e}")
+        """The same error, saying whose and which guest offset could not be read; of the layers
+        below only the last one is named."""
+        found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
+        found.located = e.located or str(found)
+        return found
 
 
 _T = TypeVar("_T")
@@ -319,16 +330,19 @@ def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
 
     Those before a damaged table are handed out first, then its error is raised.
     """
-    damage: Error | None = None
-    while damage is None:
+    size = _BATCH
+    while True:
+        damage: Error | None = None
         batch: list[_T] = []
         try:
-            batch.extend(islice(found, _BATCH))
+            batch.extend(islice(found, size))
         except (ImageError, StorageError) as e:
             damage = e
         for disk in disks:
             disk.check()  # if one is gone, that is the reason for anything
-        if not batch and damage is None:
-            return
         yield from batch
-    raise damage
+        if damage is not None:
+            raise damage
+        if len(batch) < size:
+            return
+        size *= 2  # for a hostile image a check may cost a tenth of a second

@@ -16,6 +16,9 @@ MOST_SHOWN: Final = 4096
 class Error(Exception):
     """The base of all errors that this package raises on purpose; ``str()`` is one line."""
 
+    #: What the lowest layer said, which the ones above repeat: 200 names would fill a log.
+    located: str | None = None
+
 
 class UsageError(Error):
     """What was asked for cannot be: a bad value, no such snapshot, a file that is refused."""

@@ -21,9 +21,11 @@ def libnbd() -> Any:
     return nbd
 
 
-def said(error: Any) -> str:
-    """What one of its errors says, without the name of the C function."""
-    return escaped(str(error.string).partition(": ")[2] or str(error.string))
+def said(error: Any, uri: str = "") -> str:
+    """What one of its errors says, without the name of the C function, nor what is secret in the
+    URI: one that it cannot parse it repeats."""
+    text = str(error.string).partition(": ")[2] or str(error.string)
+    return escaped(text.replace(uri, without_secrets(uri)) if uri else text)
 
 
 def is_uri(path: str) -> bool:

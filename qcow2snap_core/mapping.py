@@ -15,6 +15,7 @@ and it is the one thing that QEMU changes in the tables of a living snapshot.
 from __future__ import annotations
 
 import sys
+import time
 from array import array
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -47,14 +48,21 @@ class Geometry(NamedTuple):
 
 
 class Work:
-    """How many look-ups a request may still cost, over all layers."""
+    """What a request may still cost over all layers, in look-ups of some 4 us.  Fetching a part
+    of a table counts for several, and decoding a cluster for the CPU time that it takes: a stream
+    can be made to take thirty times the usual."""
 
     __slots__ = ("left",)
 
     def __init__(self, left: int) -> None:
         self.left = left
 
+    def took(self, since: int) -> None:
+        """Count the CPU time since then, of ``time.thread_time_ns()``."""
+        self.left -= time.thread_time_ns() - since >> 12
 
+
+_LOAD: Final = 4  # look-ups that reading a slice costs, besides its own
 _SLICE_BYTES: Final = 64 << 10
 _CLEAR_COPIED: Final = bytes(b & 0x7F for b in range(256))
 _STRIDE: Final = 64  # entries compared at a time; small, since most runs in a request are short
@@ -114,7 +122,7 @@ class Mapping:
         end = offset + length
         if work is not None:
             work.left -= 1
-        kind, host, n = self.run(offset, length)
+        kind, host, n = self.run(offset, length, work)
         start, offset = offset, offset + n
         while offset < end:
             if work is not None:
@@ -122,7 +130,7 @@ class Mapping:
                 if work.left < 0:
                     break
             try:
-                next_kind, next_host, n = self.run(offset, end - offset)
+                next_kind, next_host, n = self.run(offset, end - offset, work)
             except Error:
                 yield kind, host, start, offset - start  # so that it is known where it failed
                 raise
@@ -136,21 +144,21 @@ class Mapping:
             offset += n
         yield kind, host, start, offset - start
 
-    def run(self, offset: int, length: int) -> Run:
+    def run(self, offset: int, length: int, work: Work | None = None) -> Run:
         """What lies at guest ``offset``, and for how much of ``length`` it surely goes on.
 
-        QEMU: qcow2_get_host_offset.  Raises as :meth:`runs`.
+        QEMU: qcow2_get_host_offset.  The caller counts the look-up itself.  Raises as :meth:`runs`.
         """
         index = offset >> self._bits
         table = self._cache.get((self.token, index >> self._slice_bits))
         if table is None:
-            table = self._load(index >> self._slice_bits)
+            table = self._load(index >> self._slice_bits, work)
         at = index & self._slice_mask
         within = offset & (self.cluster_size - 1)
         try:
             entry = table[at]
         except IndexError:
-            return self._no_entry(table, offset, length)
+            return self._no_entry(table, offset, length, work)
         if not entry & self._odd:
             step = self.cluster_size if entry else 0
             kind = DATA if entry else UNALLOCATED
@@ -244,7 +252,7 @@ class Mapping:
 
     # --- Loading ---
 
-    def _no_entry(self, table: Slice[int], offset: int, length: int) -> Run:
+    def _no_entry(self, table: Slice[int], offset: int, length: int, work: Work | None) -> Run:
         """Past what the slice holds: all of it when there is no L2 table, and more when there is
         none for what follows either, or a disk of exabytes would take hours to walk."""
         if table is _BEYOND:
@@ -252,21 +260,23 @@ class Mapping:
         if table is _ABSENT:
             first = offset // self.bytes_per_l1_entry
             last = (offset + length - 1) // self.bytes_per_l1_entry
-            l1, at = self._l1_slice(first)
+            l1, at = self._l1_slice(first, work)
             stop = min(at + 1 + last - first, len(l1))
             absent = 1 + alike(l1, at + 1, stop, l1[at], 0)
             return UNALLOCATED, 0, min((first + absent) * self.bytes_per_l1_entry - offset, length)
         raise ImageError("its L2 table lies past the end of the file")
 
-    def _load(self, index: int) -> Slice[int]:
+    def _load(self, index: int, work: Work | None) -> Slice[int]:
         """Slice ``index`` of all the L2 tables, laid end to end."""
         l1_index, part = divmod(index, 1 << self._l2_bits - self._slice_bits)
         if l1_index >= self._l1_size:
             return _BEYOND
-        l1, at = self._l1_slice(l1_index)
+        l1, at = self._l1_slice(l1_index, work)
         table_offset = self.l2_offset(l1_index, l1[at])
         if not table_offset:
             return _ABSENT
+        if work is not None:
+            work.left -= _LOAD
         size = 1 << self._slice_bits + self._entry_bits
         return self._cache.load(
             (self.token, index), lambda: self._read(table_offset + part * size, size), size
@@ -283,7 +293,7 @@ class Mapping:
             raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
         return _integers(raw)
 
-    def _l1_slice(self, index: int) -> tuple[Slice[int], int]:
+    def _l1_slice(self, index: int, work: Work | None) -> tuple[Slice[int], int]:
         """Where an L1 entry is; that table is read in slices as well: it may be 32 MiB."""
         per_slice = _SLICE_BYTES // q.L1_ENTRY_SIZE
         first = index - index % per_slice
@@ -299,6 +309,8 @@ class Mapping:
         key = (self.token, ~first)  # L1 slices share the cache; their keys are negative
         table = self._cache.get(key)
         if table is None:
+            if work is not None:
+                work.left -= _LOAD
             table = self._cache.load(key, read, count * q.L1_ENTRY_SIZE)
         return table, index - first
 

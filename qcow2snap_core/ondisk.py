@@ -174,8 +174,8 @@ MAX_EXTENSIONS: Final = 64  # a cluster of 2 MiB holds 262,144 empty ones
 MAX_CHAIN: Final = 200  # open files and recursion; QEMU itself has no limit
 MAX_LUKS_BYTES: Final = 16 << 20  # memory for key slots; QEMU's own header is 2 MiB
 MAX_LUKS_ITERATIONS: Final = 1 << 26  # of all slots: half a minute; cryptsetup's slot is 2 seconds
-MAX_LOOKUPS: Final = 1 << 19  # of a read: 64 MiB in clusters of 512 bytes through 200 layers
-MAX_EXTENT_LOOKUPS: Final = 1 << 17  # of a request for extents, which may be answered in part
+MAX_LOOKUPS: Final = 1 << 18  # of a read: in clusters of 512 bytes they may take a second of CPU
+MAX_EXTENT_LOOKUPS: Final = 1 << 15  # of a request for extents, which may be answered in part
 MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
 
 # construct is not fast enough for 65,536 entries whenever a client connects.

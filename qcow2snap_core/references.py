@@ -67,6 +67,8 @@ def _joined(directory: str | None, path: str) -> str:
 
 def _lies_in(path: str, directory: str) -> bool:
     """Compared by whole components: /srv/images-old does not lie in /srv/images."""
+    if not path.startswith("/"):  # "(unreachable)/…": it is below no directory that has a name
+        return False
     return os.path.commonpath((path, directory)) == directory
 
 

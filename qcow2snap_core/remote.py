@@ -256,7 +256,7 @@ class RemoteFile:
                     raise StorageError("the server does not answer")
             size = handle.get_size()
         except self._nbd.Error as e:
-            raise StorageError(said(e)) from e
+            raise StorageError(said(e, self.absolute)) from e
         with self._changed:
             if size != self._size:
                 self._size = size

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 from .errors import StorageError, UsageError, reason, shown
-from .libnbd import libnbd, said
+from .libnbd import is_uri, libnbd, said, without_secrets
 
 
 class Target(Protocol):
@@ -102,7 +102,8 @@ class NbdTarget:
 
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""
-        self._name = name
+        uri = name if is_uri(name) else ""
+        self._name = without_secrets(uri) if uri else name
         self._nbd = libnbd()
         self._all: list[Any] = []
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -110,15 +111,15 @@ class NbdTarget:
             self._open(connect)
             self.size: int = self._all[0].get_size()
             if self._all[0].is_read_only():
-                raise UsageError(f"{shown(name)} is read-only")
+                raise UsageError(f"{shown(self._name)} is read-only")
             self._can_zero = self._all[0].can_zero()
             if self._all[0].can_multi_conn():
-                uri = self._all[0].get_uri()
+                again = self._all[0].get_uri()
                 for _ in range(connections - 1):
-                    self._open(lambda handle: handle.connect_uri(uri))
+                    self._open(lambda handle: handle.connect_uri(again))
         except self._nbd.Error as e:
             self.close()
-            raise UsageError(f"cannot open {shown(name)}: {said(e)}") from e
+            raise UsageError(f"cannot open {shown(self._name)}: {said(e, uri)}") from e
         except BaseException:
             self._kill_server()
             self.close()

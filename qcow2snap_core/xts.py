@@ -171,8 +171,9 @@ class _OpenSsl:
         written = ctypes.c_int()
         at = ctypes.addressof(ctypes.c_char.from_buffer(view))
         for i in range(0, len(ivs), BLOCK):
-            self._init(context, None, None, None, ivs[i : i + BLOCK], -1)
-            self._update(context, at, ctypes.addressof(written), at, SECTOR)
+            done = self._init(context, None, None, None, ivs[i : i + BLOCK], -1)
+            if not done or not self._update(context, at, ctypes.addressof(written), at, SECTOR):
+                raise MemoryError  # or the sector would be returned as it is
             at += SECTOR
         self._contexts.give(context)
 

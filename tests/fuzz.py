@@ -22,23 +22,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 FOUND = ROOT / "build" / "fuzz" / "found"
-SECONDS = 12
+SECONDS = 9
 
 if len(sys.argv) > 1 and __name__ == "__main__":
     import atheris
 
     with atheris.instrument_imports(include=["qcow2snap_core"]):
         # All of them, by what they import in turn.
+        import qcow2snap_core.bitmaps
         import qcow2snap_core.image
         import qcow2snap_core.luks
         import qcow2snap_core.subclusters  # noqa: F401
 
 from support import catalogue, damage, qemu
 
-from qcow2snap_core import codecs, luks, mapping, snapshots
+from qcow2snap_core import bitmaps, codecs, libnbd, luks, mapping, snapshots
+from qcow2snap_core import ondisk as q
 from qcow2snap_core.cache import BoundedCache
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.header import read_header
+from qcow2snap_core.storage import Pieces
 
 
 class Bytes:
@@ -53,6 +56,9 @@ class Bytes:
 
     def size(self) -> int:
         return len(self._data)
+
+    def holds(self, pieces: Pieces) -> bool:
+        return all(self.read(len(content), at) == content for content, at in pieces)
 
     def read(self, length: int, offset: int) -> bytes:
         assert length >= 0
@@ -125,12 +131,43 @@ def luks_header(data: bytes) -> None:
         luks.open_luks(data.ljust(1 << 20, b"\0"), b"secret", "fuzzed")
 
 
+def bitmap_directory(data: bytes) -> None:
+    """The header's extension, then the file."""
+    extension, file = data[:24].ljust(24, b"\0"), Bytes(data)
+    fields = read_header(Bytes(EMPTY))._replace(  # type: ignore[arg-type]
+        autoclear=q.AUTOCLEAR_BITMAPS, extensions={q.EXT_BITMAPS: extension}
+    )
+    with suppress(ImageError):
+        for what, offset, length in islice(bitmaps.areas(file, fields), 10_000):  # type: ignore[arg-type]
+            assert what.isprintable()
+            assert offset >= 0
+            assert length > 0
+
+
+def uri(data: bytes) -> None:
+    """What is not shown of a URI stays unshown, and what it says is not changed."""
+    text = data.decode("utf-8", "surrogateescape")
+    head, slashes, rest = text.partition("://")
+    secret = f"{head}{slashes}user:hunter2@{rest.replace('hunter2', '')}"
+    if libnbd.is_uri(secret) and not {"/", "?"} & set(rest.partition("@")[0]):
+        assert "hunter2" not in libnbd.without_secrets(secret)
+    assert libnbd.without_secrets(text).isprintable()
+    once = libnbd.absolute(text)
+    assert libnbd.absolute(once) == once
+    assert libnbd.is_uri(once) == libnbd.is_uri(text)
+
+
+# A header that is good: version 3, clusters of 64 KiB.
+EMPTY = struct.pack(">4sIQII", b"QFI\xfb", 3, 0, 0, 16).ljust(100, b"\0") + struct.pack(">I", 104)
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "table": table,
     "tables": tables,
     "decoders": decoders,
     "luks": luks_header,
+    "bitmaps": bitmap_directory,
+    "uri": uri,
 }
 
 
@@ -149,6 +186,22 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
         seed[164:168] = struct.pack(">I", 10)  # of the digest
         seed[212:216] = struct.pack(">I", 10)  # of the first key slot
         yield bytes(seed)
+        return
+    if target == "uri":
+        yield b"nbds+unix://user:password@/export?socket=/run/a&tls-psk-file=keys"
+        yield b"nbd://[::1]:10809/a%20b"
+        return
+    if target == "bitmaps":
+        path = qemu.create(directory / "bitmaps.qcow2", 1 << 20)
+        for name in ("one", "two"):
+            qemu.run("qemu-img", "bitmap", "--add", "-g", 4096, path, name)
+        image = path.read_bytes()
+        extension = image[image.index(struct.pack(">II", q.EXT_BITMAPS, 24)) + 8 :][:24]
+        count, _, size, at = struct.unpack(">IIQQ", extension)
+        directory_bytes = bytearray(image[at : at + size])
+        directory_bytes[:8] = struct.pack(">Q", 24 + size)  # of the first one's table
+        table = struct.pack(">QQ", 1 << 16, 1)
+        yield struct.pack(">IIQQ", count, 0, size, 24) + directory_bytes + table
         return
     for kind in ("plain", "v2", "zstd", "extl2", "overlay"):
         path = catalogue.make(directory, kind)

@@ -11,7 +11,7 @@ from support.qemu import KiB, create, run
 
 import qcow2snap_core
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.references import Policy
+from qcow2snap_core.references import Policy, _lies_in
 
 
 @pytest.fixture
@@ -205,3 +205,9 @@ def test_each_layer_trusts_its_own_directory_only(tmp_path):
         allowed.append(str(tmp_path / needed))
     with qcow2snap_core.open(str(chain[2]), allow_dirs=allowed) as image:
         assert image.snapshot("s").pread(512, 0) == bytes(512)
+
+
+def test_a_file_of_an_unmounted_filesystem_lies_nowhere():
+    """The kernel's word for the path of a file that no directory leads to any more."""
+    assert not _lies_in("(unreachable)/srv/images/base", "/srv/images")
+    assert not _lies_in("(unreachable)/srv/images/base", "/")

@@ -180,3 +180,11 @@ def test_no_connection_from_before_is_used_once_the_file_was_replaced(tmp_path: 
             new = DATA[::-1][7:16]
             assert set(pool.map(lambda _: file.read(9, 7), range(4))) == {new}
         file.close()
+
+
+@pytest.mark.parametrize("rest", ["[::1/x", "host:port:x/", "ho st/"])
+def test_a_uri_that_libnbd_repeats_shows_no_password(rest: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        RemoteFile(f"nbd://alice:secret@{rest}")
+    assert "cannot open 'nbd://" in str(caught.value)
+    assert "secret" not in str(caught.value)

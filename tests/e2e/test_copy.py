@@ -149,3 +149,12 @@ def test_a_read_error_leaves_the_old_file(image: Path, tmp_path: Path) -> None:
     assert "stream" in command.fails("copy", path, "one", out)
     assert out.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "out.raw"]
+
+
+@pytest.mark.parametrize("where", ["[::1/x", "localhost:1/x"])
+def test_a_target_that_cannot_be_opened_is_named_without_its_password(
+    image: Path, where: str
+) -> None:
+    line = command.fails("copy", image, "one", f"nbd://alice:secret@{where}")
+    assert "nbd://" in line
+    assert "secret" not in line

@@ -27,7 +27,7 @@ from .errors import StorageError, UsageError, escaped, shown
 from .filesystems import prepare, reader
 from .image import Image
 from .interrupts import check, wait_for
-from .nbdkit import keys, missing, nbdkit
+from .nbdkit import keys, missing, nbdkit_to_run
 from .snapshots import Snapshot
 
 FILE: Final = "disk"
@@ -115,7 +115,8 @@ def _disk(
     try:
         if partition is not None:
             filters = [*filters, "--filter=partition"]
-        server = [*nbdkit("--exit-with-parent", *filters), *keys(image, snapshot, descriptors)]
+        server = nbdkit_to_run("--exit-with-parent", *filters)
+        server += keys(image, snapshot, descriptors)
         server += [] if partition is None else [f"partition={partition}"]
         path = os.path.join(os.path.abspath(directory), FILE)
         with _started(["nbdfuse", *options, path, "[", *server, "]"], descriptors) as program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 from pathlib import Path
 
 from .errors import UsageError
@@ -14,10 +15,40 @@ from .snapshots import Snapshot
 _FIRST_DESCRIPTOR = 10
 
 
+_IN_CHECKOUT = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
+_INSTALLED = "nbdkit-qcow2snap-plugin"
+
+
 def nbdkit(*options: str) -> list[str]:
     """The command up to the plugin: by its path in a checkout, by its name when installed."""
-    plugin = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
-    return ["nbdkit", *options, *(["python", str(plugin)] if plugin.exists() else ["qcow2snap"])]
+    return _with(_IN_CHECKOUT if _IN_CHECKOUT.exists() else None, options)
+
+
+def nbdkit_to_run(*options: str) -> list[str]:
+    """The same, but always by its path.
+
+    For a plugin that is a script nbdkit starts itself anew, and forgets a socket that it was
+    handed (systemd's, nbdfuse's), unless its Python plugin is told which script to run.
+    Raises UsageError when there is no nbdkit.
+    """
+    return _with(_IN_CHECKOUT if _IN_CHECKOUT.exists() else _installed(), options)
+
+
+def _with(script: Path | None, options: tuple[str, ...]) -> list[str]:
+    return ["nbdkit", *options, *(["python", str(script)] if script else ["qcow2snap"])]
+
+
+def _installed() -> Path | None:
+    """Where ``make install`` or a package put it; without either nbdkit says what it misses."""
+    try:
+        said = subprocess.run(["nbdkit", "--dump-config"], capture_output=True, check=False).stdout
+    except FileNotFoundError:
+        raise _no_nbdkit() from None
+    for line in said.splitlines():
+        key, _, value = line.partition(b"=")
+        if key == b"plugindir" and (found := Path(os.fsdecode(value), _INSTALLED)).exists():
+            return found
+    return None
 
 
 def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
@@ -45,7 +76,11 @@ def execute(arguments: list[str]) -> None:
     try:
         os.execvp(arguments[0], arguments)
     except FileNotFoundError:
-        raise missing("nbdkit", "nbdkit and nbdkit-plugin-python") from None
+        raise _no_nbdkit() from None
+
+
+def _no_nbdkit() -> UsageError:
+    return missing("nbdkit", "nbdkit and nbdkit-plugin-python")
 
 
 def missing(tool: str, packages: str) -> UsageError:

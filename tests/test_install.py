@@ -121,6 +121,26 @@ def test_the_installed_package_is_the_one_that_is_used(installed: Path, image: P
     assert said == "nbdkit qcow2snap 'file=/a b' snapshot=n\n"
 
 
+def test_the_installed_plugin_is_served_on_a_socket_that_it_is_handed(
+    installed: Path, image: Path, tmp_path: Path
+) -> None:
+    """As nbdfuse and systemd do; `nbdkit qcow2snap` would forget the socket."""
+    nbdkit = tmp_path / "nbdkit"  # one that has its plugins below our root
+    config = f"plugindir={installed}{nbdkit_config('plugindir')}"
+    real = shutil.which("nbdkit")
+    nbdkit.write_text(
+        f'#!/bin/sh\n[ "$1" = --dump-config ] && echo "{config}" || exec {real} "$@"\n'
+    )
+    nbdkit.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(package_folder(installed)),
+    }
+    serve = [installed / "usr/bin/qcow2snap", "serve", image, "nightly"]
+    assert qemu.run("nbdinfo", "--size", "[", *serve, "]", env=environment) == f"{1 << 20}\n"
+
+
 def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(package_folder(installed))}
     said = qemu.run(installed / "usr/bin/qcow2snap", "--version", env=environment, cwd=tmp_path)

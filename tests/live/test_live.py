@@ -106,10 +106,11 @@ class Watched:
 @contextmanager
 def working(guest: Guest, q: Qemu) -> Iterator[None]:
     """The guest writes at random until the block ends."""
-    stop = threading.Event()
-    thread = threading.Thread(target=guest.work, args=(q, WRITTEN, stop))
+    connected, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=guest.work, args=(q, WRITTEN, connected, stop))
     thread.start()
     try:
+        assert connected.wait(60)
         yield
     finally:
         stop.set()

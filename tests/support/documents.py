@@ -103,9 +103,11 @@ exec {shutil.which("nbdkit")} "${{words[@]}}"
 """
     old = "nbd:\\/\\/localhost"
     client = f'#!/bin/bash\nexec {{}} "${{{{@//{old}/{old}:{port}}}}}"\n'
+    # systemd-socket-activate passes no environment on.
+    ours = f'PYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} -m qcow2snap_core "$@"'
     scripts = {
         "nbdkit": nbdkit,
-        "qcow2snap": f'#!/bin/sh\nexec {sys.executable} -m qcow2snap_core "$@"\n',
+        "qcow2snap": f"#!/bin/sh\n{ours}\n",
         "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         **{name: client.format(shutil.which(name)) for name in ("nbdinfo", "nbdcopy")},
     }

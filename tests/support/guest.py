@@ -99,10 +99,18 @@ class Guest:
         for first in range(0, blocks, step):
             self.write(disk, first, min(step, blocks - first))
 
-    def work(self, qemu: Qemu, blocks: int, stop: threading.Event, seed: int = 0) -> None:
-        """Write here and there in the first ``blocks`` until told to stop or QEMU dies."""
-        rng = random.Random(seed)
+    def work(
+        self, qemu: Qemu, blocks: int, connected: threading.Event, stop: threading.Event
+    ) -> None:
+        """Write here and there in the first ``blocks`` until told to stop or QEMU dies.
+
+        Only once it is connected may a snapshot be taken: QEMU's NBD server does not hold back
+        a client that comes while the others are drained, and QEMU 10.0.13 aborts when it writes
+        then.
+        """
+        rng = random.Random(0)
         with qemu.guest() as disk, suppress(nbd.Error):
+            connected.set()
             while not stop.is_set():
                 first = rng.randrange(blocks)
                 self.write(disk, first, min(blocks - first, 1 + rng.randrange(64)))

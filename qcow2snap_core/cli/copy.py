@@ -13,6 +13,7 @@ import argparse
 from ..backup import copy
 from ..errors import escaped
 from ..interrupts import deferred
+from ..libnbd import is_uri, without_secrets
 from .common import add_image_options, disk_named, open_from
 
 HELP = "copy a snapshot, or what changed since an older one"
@@ -33,5 +34,6 @@ def run(args: argparse.Namespace) -> int:
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)
         done = copy(image, new, args.target, since, args.in_place)
-    print(f"{escaped(args.target)}: {done}")
+    target = without_secrets(args.target) if is_uri(args.target) else args.target
+    print(f"{escaped(target)}: {done}")
     return 0

@@ -4,12 +4,13 @@ XTS gives every block of 16 bytes a tweak: the first of sector n is E2(n), encry
 second key, and each next one is the one before it times x in GF(2^128).  Between two xors with
 the tweak, the block is plain AES with the first key.
 
-*Many sectors:* the first tweaks of all sectors are one ECB call.  The others come by doubling,
-for all sectors at once with numpy: the first tweak times x gives the second, both times x^2 the
-next two, and so on, five steps to 32.  Then xor, one ECB call for the data, xor.  The arrays are
-kept from call to call (memory that is new for each costs more page faults than the work takes),
-their innermost axis is the sectors, which is contiguous; and what numpy is slow at is avoided:
-constants that are Python integers, and shifts to the left, which are multiplications here.
+*Many sectors:* the first tweaks of all sectors are one ECB call.  The tweak of block j is the first
+one shifted left by j, and what that shifts out at the top comes back multiplied by x^128 =
+x^7 + x^2 + x + 1.  Shifts and multiplication are linear, so what comes back is looked up, a row
+of 32 for each of the four bytes that reach the top in 31 steps.  Then xor, one ECB call for the
+data, xor.  All of that in few calls of numpy, since each lets other threads at the interpreter; in
+arrays that are kept, since new memory costs more page faults than the work takes; and with
+multiplications, which numpy does faster than shifts to the left.
 
 *Few sectors:* numpy's calls would cost more than the work.  OpenSSL's own XTS does a sector in
 1.4 us, through ctypes with the GIL kept, where python3-cryptography needs 20 us to set one up.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from threading import Lock
 from types import ModuleType
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from .ciphers import BLOCK, BLOCKS, SECTOR, Ecb, IvGenerator
 from .errors import ImageError
 from .pool import Pool
 
-_MANY: Final = 32 << 10  # bytes from where on numpy is faster
+_MANY: Final = 16 << 10  # bytes from where on numpy is faster
 _AT_ONCE: Final = 256  # sectors; what their arrays take fits in a core's own cache
 
 
@@ -68,68 +68,64 @@ class XtsSectors:
 
 
 class _Arrays:
-    """The working memory for sectors that are decrypted at once, and how that is done."""
+    """The working memory for sectors that are decrypted at once, and how that is done.
 
-    # Each of numpy's short calls hands the interpreter over; threads that do so to each other all
-    # the time lose more than a second core gains.
-    _turn = Lock()
+    The arrays are by sector, then by block in the sector.
+    """
 
     def __init__(self, numpy: Any) -> None:
         self._np = numpy
-        # By block in the sector, then by sector: the tweaks' halves, and what is carried between.
-        self._low = numpy.empty((BLOCKS, _AT_ONCE), "<u8")
-        self._high = numpy.empty_like(self._low)
-        self._carry = numpy.empty((BLOCKS // 2, _AT_ONCE), "<u8")
-        # As the data lie: by sector, then by block.
+        self._half = numpy.empty((_AT_ONCE, BLOCKS), "<u8")  # of each tweak, of 128 bits
+        self._part = numpy.empty_like(self._half)
         self._tweaks = numpy.empty((_AT_ONCE, BLOCKS, 2), "<u8")
         self._mixed = numpy.empty(_AT_ONCE * SECTOR // 8, "<u8")
         self._plain = bytearray(_AT_ONCE * SECTOR + BLOCK - 1)
-
-        def constant(n: int) -> Any:
-            return numpy.array(n, "<u8")
-
-        self._2_to_5 = constant(1 << 5)
-        # (tweaks there are, what their product with 2^that shifts out, 2^that)
-        self._doublings = [(n, constant(64 - n), constant(1 << n)) for n in (1, 2, 4, 8, 16)]
+        self._times = numpy.array([1 << j for j in range(BLOCKS)], "<u8")
+        self._back = numpy.array([64 - j for j in range(BLOCKS)], "<u8")
+        self._returning = numpy.array(_returning(), "<u8")
 
     def decrypt(self, view: memoryview, first: memoryview, ecb: Ecb) -> None:
         """Decrypt at most ``_AT_ONCE`` sectors in place; ``first`` has the first tweak of each."""
-        np, count = self._np, len(view) // SECTOR
-        with self._turn:
-            self._multiply(first, count)
-        tweaks = self._tweaks[:count]
-        tweaks[:, :, 0] = self._low[:, :count].T
-        tweaks[:, :, 1] = self._high[:, :count].T
+        np = self._np
+        tweaks = self._tweaks[: len(view) // SECTOR]
+        self._multiply(np.frombuffer(first, "<u8").reshape(-1, 2), tweaks)
         flat = tweaks.reshape(-1)
         data = np.frombuffer(view, "<u8")
         mixed = np.bitwise_xor(data, flat, out=self._mixed[: len(data)])
         plain = ecb.into(memoryview(mixed).cast("B"), self._plain)
         np.bitwise_xor(np.frombuffer(plain, "<u8"), flat, out=data)
 
-    def _multiply(self, first: memoryview, count: int) -> None:
+    def _multiply(self, first: Any, tweaks: Any) -> None:
         """All tweaks of the sectors from the first of each."""
-        np = self._np
-        add, xor, multiply, right = np.add, np.bitwise_xor, np.multiply, np.right_shift
-        start = np.frombuffer(first, "<u8").reshape(count, 2)
-        self._low[0, :count], self._high[0, :count] = start[:, 0], start[:, 1]
-        for have, back, times in self._doublings:
-            low, high = self._low[:have, :count], self._high[:have, :count]
-            new_low = self._low[have : 2 * have, :count]
-            new_high = self._high[have : 2 * have, :count]
-            carry = self._carry[:have, :count]
-            multiply(low, times, out=new_low)
-            multiply(high, times, out=new_high)
-            right(low, back, out=carry)
-            xor(new_high, carry, out=new_high)
-            # What is shifted out at the top comes back as x^128 = x^7 + x^2 + x + 1.
-            right(high, back, out=carry)
-            xor(new_low, carry, out=new_low)
-            add(carry, carry, out=carry)
-            xor(new_low, carry, out=new_low)
-            add(carry, carry, out=carry)
-            xor(new_low, carry, out=new_low)
-            multiply(carry, self._2_to_5, out=carry)
-            xor(new_low, carry, out=new_low)
+        np, xor = self._np, self._np.bitwise_xor
+        low, high = first[:, :1], first[:, 1:]
+        half, part = self._half[: len(first)], self._part[: len(first)]
+        np.multiply(high, self._times, out=half)
+        np.right_shift(low, self._back, out=part)
+        xor(half, part, out=tweaks[:, :, 1])
+        np.multiply(low, self._times, out=half)
+        top = (high >> (64 - BLOCKS + 1)).astype("<u4").view("u1").reshape(-1, 4)
+        for byte, rows in enumerate(self._returning):
+            np.take(rows, top[:, byte], axis=0, out=part, mode="clip")
+            xor(half, part, out=half)
+        tweaks[:, :, 0] = half
+
+
+@lru_cache(maxsize=1)
+def _returning() -> list[list[list[int]]]:
+    """By byte of the 31 bits at the top, by its value, by block: what of it has been shifted out
+    by then, times x^128."""
+
+    def multiplied(out: int) -> int:
+        return out ^ out << 1 ^ out << 2 ^ out << 7
+
+    return [
+        [
+            [multiplied(value << 8 * byte >> (BLOCKS - 1 - block)) for block in range(BLOCKS)]
+            for value in range(256)
+        ]
+        for byte in range(4)
+    ]
 
 
 def _few_sectors(key: bytes) -> _OpenSsl | _Library | None:

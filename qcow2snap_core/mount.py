@@ -78,6 +78,7 @@ def mount_filesystem(
                         ready(directory)
                         reading.wait()
                 finally:
+                    reading.hush()
                     _detach(directory)
                     reading.give_time()
     finally:
@@ -181,9 +182,12 @@ class _Program:
         if status:
             raise StorageError(f"{self._name} ended with status {status}")
 
+    def hush(self) -> None:
+        """From now on it is of no interest what it says."""
+        self._said.hush()
+
     def give_time(self) -> None:
         """To end by itself; guestmount has a virtual machine to shut down."""
-        self._said.hush()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)
 
@@ -217,7 +221,7 @@ class _Said(Thread):
         self._passing = True
 
     def hush(self) -> None:
-        """What they say while they end is of no interest."""
+        """From now on drop what they say."""
         self._hushed = self._passing = True
 
     def first_line(self) -> str:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from threading import BoundedSemaphore
 from types import ModuleType
 from typing import Any, Final
 
@@ -33,7 +34,8 @@ from .errors import ImageError
 from .pool import Pool
 
 _MANY: Final = 16 << 10  # bytes from where on numpy is faster
-_AT_ONCE: Final = 256  # sectors; what their arrays take fits in a core's own cache
+_AT_ONCE: Final = 512  # sectors: a request of nbdcopy; their arrays take a megabyte
+_MOST_ARRAYS: Final = 4  # that is not multiplied by the number of clients
 
 
 class XtsSectors:
@@ -45,6 +47,7 @@ class XtsSectors:
         self._first_tweaks = Ecb(key[half:], encrypt=True)
         self._generator = generator
         self._few = _few_sectors(key)
+        self._turns = BoundedSemaphore(_MOST_ARRAYS)
         self._arrays: Pool[_Arrays] = Pool(lambda: _Arrays(_numpy()))
         if self._few is None and _numpy() is None:
             raise ImageError("AES-192 in XTS mode needs numpy: install python3-numpy")
@@ -62,9 +65,10 @@ class XtsSectors:
                 self._few.decrypt(piece, bytes(ivs))
 
     def _decrypt_many(self, view: memoryview, ivs: bytes | memoryview) -> None:
-        arrays = self._arrays.take()
-        arrays.decrypt(view, self._first_tweaks(ivs), self._decrypt)
-        self._arrays.give(arrays)
+        with self._turns:
+            arrays = self._arrays.take()
+            arrays.decrypt(view, self._first_tweaks(ivs), self._decrypt)
+            self._arrays.give(arrays)
 
 
 class _Arrays:

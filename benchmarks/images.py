@@ -82,6 +82,12 @@ def _convert(path: Path, size: int, *options: str) -> None:
     qemu("qemu-img", "snapshot", "-c", SNAPSHOT, path)
 
 
+def _write(path: Path, commands: str) -> None:
+    """Have qemu-io do what the lines say: there may be more than fit in a command line."""
+    line = ["qemu-io", "-f", "qcow2", "-t", "unsafe", str(path)]
+    subprocess.run(line, input=commands, text=True, check=True, stdout=subprocess.DEVNULL)
+
+
 def _plain(path: Path, size: int) -> None:
     _convert(path, size)
 
@@ -100,19 +106,11 @@ def _zstd(path: Path, size: int) -> None:
 
 def _fragmented(path: Path, size: int) -> None:
     """4 KiB clusters, written in random order."""
-    source = content(path, size)
     qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, size)
     offsets = list(range(0, size, 4 * KiB))
     random.Random(1).shuffle(offsets)
     commands = "".join(f"write -q -P {1 + o // 4096 % 255} {o} 4k\n" for o in offsets)
-    subprocess.run(
-        ["qemu-io", "-f", "qcow2", "-t", "unsafe", str(path)],
-        input=commands,
-        text=True,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    del source
+    _write(path, commands)
     qemu("qemu-img", "snapshot", "-c", SNAPSHOT, path)
 
 
@@ -126,13 +124,7 @@ def _chain(path: Path, size: int) -> None:
         commands = "".join(
             f"write -q -P {layer + 1} {o} 1M\n" for o in range(layer * MiB, size, 5 * MiB)
         )
-        subprocess.run(
-            ["qemu-io", "-f", "qcow2", "-t", "unsafe", str(this)],
-            input=commands,
-            text=True,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        _write(this, commands)
         below = this
     qemu("qemu-img", "snapshot", "-c", SNAPSHOT, path)
 
@@ -152,13 +144,7 @@ def _sparse(path: Path, size: int) -> None:
     """A megabyte of data in every sixteenth of a percent of the disk."""
     qemu("qemu-img", "create", "-q", "-f", "qcow2", path, size)
     commands = "".join(f"write -q -P 7 {o} 64k\n" for o in range(0, size, size // 16384))
-    subprocess.run(
-        ["qemu-io", "-f", "qcow2", "-t", "unsafe", str(path)],
-        input=commands,
-        text=True,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    _write(path, commands)
     qemu("qemu-img", "snapshot", "-c", SNAPSHOT, path)
 
 

@@ -63,24 +63,21 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
+    check_other(image.files, target)
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     job = _Job(new, plan, count(plan), since, threads)
     kind = file_kind(target)
     if is_uri(target):
-        check_other(image.files, target)
         to = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
         job.into(to, without_secrets(target))
     elif kind == stat.S_IFBLK:
-        check_other(image.files, target)
         job.into(open_device(target), target)
     elif kind is not None and kind != stat.S_IFREG:
         raise UsageError(f"{shown(target)} is neither a file nor a block device")
     elif since is None:
-        check_other(image.files, target)
         job.new_file(target)
     else:
-        check_other(image.files, target)
         _check_old(target, since)
         (job.update_in_place if in_place else job.update)(target)
     return Copied(job.amount, time.monotonic() - began)

@@ -12,7 +12,6 @@ from typing import Final
 from . import ondisk as q
 from .errors import ImageError, shown
 from .header import Header
-from .refcounts import integers
 from .storage import Storage
 
 #: (what it is, host offset, length in bytes)
@@ -72,7 +71,7 @@ def _entries(storage: Storage, offset: int, count: int, what: str) -> Iterator[i
         raw = storage.read(size, offset + first * 8)
         if len(raw) < size:
             raise ImageError(f"the table of {what} is past the file's end")
-        for entry in integers(raw, "Q"):
+        for entry in q.integers(raw):
             flag = 0 if entry & q.OFFSET_MASK else 1  # without a cluster: all ones
             if entry & ~q.OFFSET_MASK & ~flag:
                 raise ImageError(f"the table of {what} has reserved bits set: {entry:#018x}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from .diff import changes
-from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer
+from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
 from .errors import UsageError, shown
 from .image import Image
 from .interrupts import check
@@ -28,7 +28,7 @@ from .outputs import check_other, check_space, output
 from .progress import Advance, progress
 from .qemu import qemu_img, writable
 from .snapshots import Snapshot, read_table
-from .transfer import Plan, RawSource, Source, merged, transfer, whole
+from .transfer import Plan, RawSource, Source, transfer, whole
 
 ENDING: Final = ".qcow2"
 ACTIVE: Final = "active"

@@ -32,7 +32,7 @@ from .findings import (
     TooManyError,
 )
 from .image import Image
-from .refcounts import Refcounts, Uses, integers
+from .refcounts import Refcounts, Uses
 from .snapshots import Snapshot
 
 
@@ -219,12 +219,12 @@ class _Check:
         header, read = self._image.header, self._image.storage.read
         size = header.cluster_size
         l1 = read(header.l1_size * q.L1_ENTRY_SIZE, header.l1_table_offset)
-        entries = integers(l1, "Q")
+        entries = q.integers(l1)
         for table, (index, owners) in self._tables.items():
             if active not in owners:
                 continue
             shared = [entries[index]]
-            shared += integers(read(size, table), "Q")[:: 2 if header.extended_l2 else 1]
+            shared += q.integers(read(size, table))[:: 2 if header.extended_l2 else 1]
             for entry in shared:
                 if not entry & q.OFLAG_COPIED or entry & q.OFLAG_COMPRESSED:
                     continue

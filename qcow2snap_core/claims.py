@@ -8,7 +8,7 @@ from .bitmaps import areas
 from .errors import ImageError
 from .findings import BAD_TABLE, OVERLAP, Findings, Owner
 from .image import Image
-from .refcounts import Refcounts, Uses, crypto_area, past_end
+from .refcounts import Refcounts, Uses, past_end
 
 
 class Claims:
@@ -62,7 +62,7 @@ class Claims:
     def claim_header(self) -> None:
         """The header, and what its extensions lead to."""
         self.claim("the header", 0, 1)
-        area = crypto_area(self._image.header)
+        area = self._image.header.crypto_area
         if area is not None:
             self.claim("the LUKS header", *area)
         try:

@@ -7,9 +7,10 @@ compressed stream to a full sector.  Anything else past the end of the file is d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import BoundedSemaphore
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from . import ondisk as q
 from .cache import BoundedCache
@@ -20,6 +21,8 @@ from .storage import Buffer, Storage
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], bytearray]
+
+_T = TypeVar("_T")
 
 _DECRYPTED: Final = 1 << 20  # at once
 _ZEROS = memoryview(bytes(1 << 20))
@@ -91,7 +94,7 @@ class Clusters:
             return
         with self._turn:  # until the cluster is let go of again
             if len(view) == self._size:
-                self._decode(entry, view)
+                self._decode(entry, lambda stream: self._codec.decode_into(stream, view))
             else:
                 view[:] = memoryview(self._load(entry, token, guest))[within : within + len(view)]
 
@@ -121,21 +124,19 @@ class Clusters:
 
     def _load(self, entry: int, token: int, guest: int) -> bytearray:
         def decoded() -> bytearray:
-            data = bytearray(self._size)
-            with memoryview(data) as target:
-                self._decode(entry, target)
-            return data
+            return self._decode(entry, lambda stream: self._codec.decode(stream, self._size))
 
         return self._cache.load((token, guest), decoded, self._size)
 
-    def _decode(self, entry: int, target: memoryview) -> None:
+    def _decode(self, entry: int, decode: Callable[[bytes], _T]) -> _T:
+        """What ``decode`` makes of the stream; its errors say where that is."""
         offset, length = self.stream(entry)
         self._check_start(offset)
         stream = self._file.read(length, offset)
         if len(stream) < length:
             self._check_stream(offset, length, _end(self._file, offset, len(stream)))
         try:
-            self._codec.decode_into(stream, target)
+            return decode(stream)
         except ImageError as e:
             raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
 

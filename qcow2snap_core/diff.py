@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from .disk import HOLE_ZERO, Cell, Disk, Extent, checked
+from .disk import HOLE_ZERO, Cell, Disk, Extent, checked, merged
 from .errors import ImageError
 from .mapping import COMPRESSED, DATA, Mapping
 
@@ -32,20 +32,7 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
 
     What lies past the end of ``old`` is all listed.  Raises as :meth:`.Disk.pread_into`.
     """
-    return checked(_merged(_changes(old, new)), old, new)
-
-
-def _merged(extents: Iterator[Extent]) -> Iterator[Extent]:
-    last: Extent | None = None
-    for extent in extents:
-        if last is not None and (last.offset + last.length, last.type) == extent[::2]:
-            last = Extent(last.offset, last.length + extent.length, last.type)
-        else:
-            if last is not None:
-                yield last
-            last = extent
-    if last is not None:
-        yield last
+    return checked(merged(_changes(old, new)), old, new)
 
 
 def _changes(old: Disk, new: Disk) -> Iterator[Extent]:

@@ -7,7 +7,7 @@ after the bytes have been read, and before anybody sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from time import thread_time_ns
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
@@ -142,7 +142,7 @@ class Disk:
         if offset < 0 or offset + len(buffer) > self.size:
             raise ValueError(f"{len(buffer)} bytes at {offset} are outside the disk of {self.size}")
         try:
-            self._fill(buffer, offset)
+            self.fill(buffer, offset)
         except (ImageError, StorageError):
             self._guard.check()  # if it is gone, that is the reason for anything
             raise
@@ -165,21 +165,8 @@ class Disk:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
-        pieces = self.checked_pieces(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
-        last: Extent | None = None
-        for start, n, kind, _ in pieces:
-            if last is not None and last.type == kind:
-                last = Extent(last.offset, last.length + n, kind)
-            else:
-                if last is not None:
-                    yield last
-                last = Extent(start, n, kind)
-        if last is not None:
-            yield last
-
-    def checked_pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
-        """As :meth:`pieces`, with the guard asked before any of them is handed out."""
-        return checked(self.pieces(offset, length, work), self)
+        cells = self.cells(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
+        yield from merged(Extent(*cell[:3]) for cell in checked(cells, self))
 
     @property
     def below(self) -> Layer | None:
@@ -216,7 +203,30 @@ class Disk:
     # --- What a layer does (class Layer) ---
 
     def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
-        self._fill(buffer, offset, work)
+        length = len(buffer)
+        guest = self._base + offset
+        if work is not None:
+            work.left -= 1
+        try:
+            kind, host, n = self._mapping.run(guest, length, work)
+            if n == length:
+                self._fill_run(buffer, kind, host, guest, work)
+                return
+        except (ImageError, StorageError) as e:
+            raise self._located(e, guest) from e
+        view = memoryview(buffer).cast("B")
+        work = work or Work(q.MAX_LOOKUPS)
+        start = guest
+        for kind, host, guest, n in self._runs(offset, length, work):
+            try:
+                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
+            except (ImageError, StorageError) as e:
+                raise self._located(e, guest) from e
+        if guest + n < start + length:
+            raise ImageError(
+                f"{self.name}: a read at guest offset {offset:#x} takes more than "
+                f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
+            )
 
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         for cell in self.cells(offset, length, work):
@@ -249,32 +259,6 @@ class Disk:
                     yield start + inside, n - inside, HOLE_ZERO, None, kind, 0
 
     # --- Inside ---
-
-    def _fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
-        length = len(buffer)
-        guest = self._base + offset
-        if work is not None:
-            work.left -= 1
-        try:
-            kind, host, n = self._mapping.run(guest, length, work)
-            if n == length:
-                self._fill_run(buffer, kind, host, guest, work)
-                return
-        except (ImageError, StorageError) as e:
-            raise self._located(e, guest) from e
-        view = memoryview(buffer).cast("B")
-        work = work or Work(q.MAX_LOOKUPS)
-        start = guest
-        for kind, host, guest, n in self._runs(offset, length, work):
-            try:
-                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
-            except (ImageError, StorageError) as e:
-                raise self._located(e, guest) from e
-        if guest + n < start + length:
-            raise ImageError(
-                f"{self.name}: a read at guest offset {offset:#x} takes more than "
-                f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
-            )
 
     def _fill_run(
         self, buffer: Buffer, kind: int, entry: int, guest: int, work: Work | None
@@ -320,6 +304,20 @@ class Disk:
         found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
         found.located = e.located or str(found)
         return found
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same ranges, neighbours of one type as one."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and (last.offset + last.length, last.type) == extent[::2]:
+            last = Extent(last.offset, last.length + extent.length, last.type)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+    if last is not None:
+        yield last
 
 
 _T = TypeVar("_T")

@@ -51,15 +51,14 @@ def open_encryption(
     if header.crypt_method == q.CRYPT_AES:
         # The passphrase is the key, cut or padded to 128 bits: a wrong one cannot be told.
         return Encryption(CbcSectors(passphrase[:16].ljust(16, b"\0"), Plain(64)), True)
-    where = header.extensions.get(q.EXT_CRYPTO_HEADER, b"")
-    if len(where) < 16:
+    if header.crypto_area is None:
         raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
-    place = q.CRYPTO_HEADER.parse(where)
-    inside = 0 < place.offset < storage.size() and not place.offset % header.cluster_size
-    if not inside or not 0 < place.length <= q.MAX_LUKS_BYTES:
+    offset, length = header.crypto_area
+    inside = 0 < offset < storage.size() and not offset % header.cluster_size
+    if not inside or not 0 < length <= q.MAX_LUKS_BYTES:
         raise ImageError(
-            f"{shown(storage.path)}: its LUKS header, {place.length} bytes at host offset "
-            f"{place.offset:#x}, cannot be there"
+            f"{shown(storage.path)}: its LUKS header, {length} bytes at host offset "
+            f"{offset:#x}, cannot be there"
         )
-    area = storage.read(place.length, place.offset)
+    area = storage.read(length, offset)
     return Encryption(luks.open_luks(area, passphrase, storage.path), False)

@@ -53,6 +53,15 @@ class Header(NamedTuple):
         return bool(self.incompatible & q.INCOMPAT_DATA_FILE)
 
     @property
+    def crypto_area(self) -> tuple[int, int] | None:
+        """(host offset, length) of the LUKS header, if it says where that is."""
+        where = self.extensions.get(q.EXT_CRYPTO_HEADER, b"")
+        if len(where) < q.CRYPTO_HEADER.sizeof():
+            return None
+        place = q.CRYPTO_HEADER.parse(where)
+        return place.offset, place.length
+
+    @property
     def backing_format(self) -> str | None:
         """As the image records it, or None."""
         recorded = self.extensions.get(q.EXT_BACKING_FORMAT)

@@ -34,7 +34,9 @@ def is_uri(path: str) -> bool:
 
 
 def without_secrets(uri: str) -> str:
-    """The URI without user, password and names of key files."""
+    """The URI without user, password and names of key files, or a path, on one line."""
+    if not is_uri(uri):
+        return escaped(uri)
     head, _, query = uri.partition("?")
     scheme, _, rest = head.partition("://")
     host, slash, export = rest.partition("/")

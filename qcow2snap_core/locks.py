@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 from .errors import UsageError, shown
-from .storage import Storage
+from .storage import Storage, inode
 
 _FIRST_PERMISSION: Final = 100  # RAW_LOCK_PERM_BASE
 _WRITE: Final = 1  # the bit of BLK_PERM_WRITE
@@ -53,17 +52,10 @@ def _is_written(file: Storage) -> bool:
     with suppress(OSError):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            return _inode(fd) == file.inode and _is_locked(fd, _FIRST_PERMISSION + _WRITE)
+            return inode(os.fstat(fd)) == file.inode and _is_locked(fd, _FIRST_PERMISSION + _WRITE)
         finally:
             os.close(fd)
     return False
-
-
-def _inode(fd: int) -> tuple[int, int]:
-    """As :attr:`.Storage.inode`."""
-    status = os.fstat(fd)
-    device = stat.S_ISBLK(status.st_mode)
-    return (-1, status.st_rdev) if device else (status.st_dev, status.st_ino)
 
 
 def _is_locked(fd: int, byte: int) -> bool:

@@ -14,7 +14,6 @@ and it is the one thing that QEMU changes in the tables of a living snapshot.
 
 from __future__ import annotations
 
-import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -214,7 +213,7 @@ class Mapping:
         if len(raw) < have * q.L1_ENTRY_SIZE:
             raise ImageError(f"the L1 table at host offset {offset:#x} is past the file's end")
         raw[::8] = raw[::8].translate(_CLEAR_COPIED)
-        return _integers(raw + bytes((count - have) * q.L1_ENTRY_SIZE))
+        return q.integers(raw + bytes((count - have) * q.L1_ENTRY_SIZE))
 
     def l2_offset(self, index: int, entry: int) -> int:
         """Where the L2 table of L1 entry ``index`` is; 0 if there is none."""
@@ -240,14 +239,12 @@ class Mapping:
         raw = bytearray(self._storage.read(size, at))
         if len(raw) < size:
             raise ImageError(f"its L2 table at host offset {offset:#x} is past the end of the file")
-        if not self._data_file:  # where it tells offset 0 from nothing
-            stride = 1 << self._entry_bits
-            raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
+        self._clear_copied(raw)
         return raw
 
     def l2_part(self, offset: int, first: int, count: int) -> Slice[int]:
         """The same as integers, of extended entries the first word alone."""
-        words = _integers(self.l2_raw(offset, first, count))
+        words = q.integers(self.l2_raw(offset, first, count))
         return words[:: 1 << self._entry_bits - 3]
 
     # --- Loading ---
@@ -288,10 +285,14 @@ class Mapping:
         del raw[len(raw) & -(1 << self._entry_bits) :]
         if not raw:
             raise ImageError(f"its L2 table at host offset {offset:#x} is past the end of the file")
+        self._clear_copied(raw)
+        return q.integers(raw)
+
+    def _clear_copied(self, raw: bytearray) -> None:
+        """Of L2 entries, unless it tells offset 0 from nothing."""
         if not self._data_file:
             stride = 1 << self._entry_bits
             raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
-        return _integers(raw)
 
     def _l1_slice(self, index: int, work: Work | None) -> tuple[Slice[int], int]:
         """Where an L1 entry is; that table is read in slices as well: it may be 32 MiB."""
@@ -304,7 +305,7 @@ class Mapping:
             raw = self._storage.read(count * q.L1_ENTRY_SIZE, offset)
             if len(raw) < count * q.L1_ENTRY_SIZE:
                 raise ImageError(f"the L1 table at host offset {offset:#x} is past the file's end")
-            return _integers(bytearray(raw))
+            return q.integers(raw)
 
         key = (self.token, ~first)  # L1 slices share the cache; their keys are negative
         table = self._cache.get(key)
@@ -313,13 +314,6 @@ class Mapping:
                 work.left -= _LOAD
             table = self._cache.load(key, read, count * q.L1_ENTRY_SIZE)
         return table, index - first
-
-
-def _integers(raw: bytearray) -> Slice[int]:
-    table = array("Q", bytes(raw))
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table
 
 
 _ABSENT: Final[Slice[int]] = array("Q")  # there is no L2 table

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from array import array
 from types import ModuleType
 from typing import Final
 
@@ -177,6 +178,16 @@ MAX_LUKS_ITERATIONS: Final = 1 << 26  # of all slots: half a minute; cryptsetup'
 MAX_LOOKUPS: Final = 1 << 18  # of a read: in clusters of 512 bytes they may take a second of CPU
 MAX_EXTENT_LOOKUPS: Final = 1 << 15  # of a request for extents, which may be answered in part
 MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
+
+
+def integers(raw: bytes | bytearray, kind: str = "Q") -> array[int]:
+    """The numbers of a table, as an array of that type; a last one that is cut short is dropped."""
+    found = array(kind)
+    found.frombytes(memoryview(raw)[: len(raw) // found.itemsize * found.itemsize])
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found
+
 
 # construct is not fast enough for 65,536 entries whenever a client connects.
 unpack_snapshot_head = struct.Struct(

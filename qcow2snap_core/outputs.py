@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from .errors import UsageError, shown
 from .libnbd import absolute, is_uri
-from .storage import Storage
+from .storage import Storage, inode
 from .units import binary
 
 
@@ -51,13 +50,11 @@ def check_other(files: Iterable[Storage], path: str) -> None:
         _check_other_uri(files, path)
         return
     try:
-        status = os.stat(path)
+        this = inode(os.stat(path))
     except FileNotFoundError:
         return
-    device = stat.S_ISBLK(status.st_mode)
-    inode = (-1, status.st_rdev) if device else (status.st_dev, status.st_ino)
     for file in files:
-        if file.inode == inode:
+        if file.inode == this:
             raise UsageError(f"{shown(path)} is {shown(file.path)}, which is being copied")
 
 

@@ -6,7 +6,6 @@ is no block the refcounts are 0 (spec: "Refcount structure").
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -40,7 +39,7 @@ class Refcounts:
             raise ImageError(
                 f"the refcount table at host offset {offset:#x} is past the file's end"
             )
-        self._table = integers(raw, "Q")
+        self._table = q.integers(raw)
         self.per_block = header.cluster_size * 8 // self._width
         self._empty = bytes(self.per_block)
 
@@ -62,7 +61,9 @@ class Refcounts:
             raise ImageError(
                 f"the refcount block at host offset {offset:#x} is past the file's end"
             )
-        return integers(raw, _TYPES[self._width]) if self._width >= 8 else _spread(raw, self._width)
+        return (
+            q.integers(raw, _TYPES[self._width]) if self._width >= 8 else _spread(raw, self._width)
+        )
 
 
 class Uses:
@@ -105,15 +106,6 @@ class Uses:
                 yield (number << self._PAGE_BITS) + at, self._pages[number][at : at + step]
 
 
-def integers(raw: bytes, kind: str) -> array[int]:
-    """Big-endian numbers, as an array of that type; what is left over of a number is dropped."""
-    found = array(kind)
-    found.frombytes(raw[: len(raw) // found.itemsize * found.itemsize])
-    if sys.byteorder == "little":
-        found.byteswap()
-    return found
-
-
 def _spread(raw: bytes, width: int) -> bytearray:
     """Refcounts of less than a byte; the first is in the lowest bits."""
     each = 8 // width
@@ -127,12 +119,3 @@ def _spread(raw: bytes, width: int) -> bytearray:
 def past_end(storage: Storage, cluster: int) -> int:
     """The first host offset that is past the file's last cluster."""
     return -(-storage.size() // cluster) * cluster
-
-
-def crypto_area(header: Header) -> tuple[int, int] | None:
-    """(host offset, length) of the LUKS header, if there is one."""
-    where = header.extensions.get(q.EXT_CRYPTO_HEADER, b"")
-    if len(where) < 16:
-        return None
-    place = q.CRYPTO_HEADER.parse(where)
-    return place.offset, place.length

@@ -21,11 +21,10 @@ from .errors import ImageError, SnapshotGone
 from .image import Image
 from .mapping import Mapping, Slice
 from .snapshots import Snapshot
-from .space import sorted_out
+from .space import STRIDE, sorted_out, strides
 
 _L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables of one cell; an entry takes 100 bytes
-_STRIDE: Final = 64  # entries compared at a time
 _COMMON: Final = -1  # stands for all entries that are equal in all tables
 
 _Entries = set[int]  # host offsets, and whole entries of compressed clusters
@@ -128,7 +127,7 @@ def _behind(
     if per_cell == mapping.l2_entries and len(distinct) == 1:
         yield 0, _compared([None if table is None else {table} - {0} for table in tables])
         return
-    step = min(per_cell, max(_STRIDE, _L2_ENTRIES // len(distinct)))
+    step = min(per_cell, max(STRIDE, _L2_ENTRIES // len(distinct)))
     for first in range(0, mapping.l2_entries, step):
         parts: dict[int, Slice[int] | None] = {}
         for table in distinct:
@@ -146,9 +145,8 @@ def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
     """What each part of a table leads to; all that is common to all parts may be one entry."""
     common = False
     kept: list[Slice[int]] = [array("Q") for _ in parts]
-    for at in range(0, len(parts[0]) if parts else 0, _STRIDE):
-        pieces = [part[at : at + _STRIDE] for part in parts]
-        if pieces.count(pieces[0]) == len(pieces):
+    for pieces, alike in strides(parts):
+        if alike:
             common = common or any(sorted_out(pieces[0]))
         else:
             for part, piece in zip(kept, pieces, strict=True):

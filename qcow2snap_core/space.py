@@ -26,7 +26,7 @@ from .snapshots import Snapshot
 
 _SHARED: Final = -1  # in place of an owner: more than one
 _L1_ENTRIES: Final = 1 << 20  # of all L1 tables together that are held at a time
-_STRIDE: Final = 64  # entries compared at a time
+STRIDE: Final = 64  # entries compared at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables for one guest range; an entry takes 100 bytes
 
 # {host offset of an L2 table: its owner}, of one guest range; owners are indexes of mappings
@@ -121,7 +121,7 @@ class _Space:
         """For one stretch of the tables after the other: (owner, the data clusters there that not
         all tables have)."""
         entries = self._any.l2_entries
-        step = min(entries, max(_STRIDE, _L2_ENTRIES // len(tables)))
+        step = min(entries, max(STRIDE, _L2_ENTRIES // len(tables)))
         for first in range(0, entries, step):
             count = min(step, entries - first)
             parts = _differing([self._any.l2_part(table, first, count) for table in tables])
@@ -183,12 +183,18 @@ def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
     if len(parts) == 1:
         return parts
     kept: list[Slice[int]] = [array("Q") for _ in parts]
-    for at in range(0, len(parts[0]), _STRIDE):
-        pieces = [part[at : at + _STRIDE] for part in parts]
-        if pieces.count(pieces[0]) < len(pieces):
+    for pieces, alike in strides(parts):
+        if not alike:
             for part, piece in zip(kept, pieces, strict=True):
                 part.extend(piece)
     return kept
+
+
+def strides(parts: Sequence[Slice[int]]) -> Iterator[tuple[list[Slice[int]], bool]]:
+    """The parts a few entries at a time, and whether these are alike in all."""
+    for at in range(0, len(parts[0]) if parts else 0, STRIDE):
+        pieces = [part[at : at + STRIDE] for part in parts]
+        yield pieces, pieces.count(pieces[0]) == len(pieces)
 
 
 _LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)

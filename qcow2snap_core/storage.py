@@ -99,8 +99,8 @@ def from_here(path: str) -> str:
     return os.path.join(os.getcwd(), path)
 
 
-def _inode(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def inode(status: os.stat_result) -> tuple[int, int]:
+    """Which file it is, as :attr:`Storage.inode` says it."""
     if stat.S_ISBLK(status.st_mode):  # a device may have several nodes
         return -1, status.st_rdev
     return status.st_dev, status.st_ino
@@ -132,7 +132,7 @@ class File:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
-        self.inode = _inode(fd)
+        self.inode = inode(os.fstat(fd))
         self._fd = fd
 
     def size(self) -> int:
@@ -224,7 +224,7 @@ class BlockDevice:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
-        self.inode = _inode(fd)
+        self.inode = inode(os.fstat(fd))
         self._fd = fd
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 from .errors import StorageError, UsageError, reason, shown
-from .libnbd import is_uri, libnbd, said, without_secrets
+from .libnbd import libnbd, said, without_secrets
 
 
 class Target(Protocol):
@@ -75,8 +75,7 @@ class RawTarget:
             except OSError as e:
                 if e.errno not in _CANNOT:
                     raise _failed(self._path, offset, reason(e)) from e
-        for at in range(offset, offset + length, len(_ZEROS)):
-            self.write(_ZEROS[: offset + length - at], at)
+        _write_zeros(self, offset, length)
 
     def flush(self) -> None:
         try:
@@ -102,8 +101,7 @@ class NbdTarget:
 
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""
-        uri = name if is_uri(name) else ""
-        self._name = without_secrets(uri) if uri else name
+        self._name = without_secrets(name)
         self._nbd = libnbd()
         self._all: list[Any] = []
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -119,7 +117,7 @@ class NbdTarget:
                     self._open(lambda handle: handle.connect_uri(again))
         except self._nbd.Error as e:
             self.close()
-            raise UsageError(f"cannot open {shown(self._name)}: {said(e, uri)}") from e
+            raise UsageError(f"cannot open {shown(self._name)}: {said(e, name)}") from e
         except BaseException:
             self._kill_server()
             self.close()
@@ -137,8 +135,7 @@ class NbdTarget:
         if self._can_zero:
             self._call(offset, lambda handle: handle.zero(length, offset))
             return
-        for at in range(offset, offset + length, len(_ZEROS)):
-            self.write(_ZEROS[: offset + length - at], at)
+        _write_zeros(self, offset, length)
 
     def flush(self) -> None:
         for handle in self._all:
@@ -177,6 +174,11 @@ class NbdTarget:
             raise _failed(self._name, offset, said(e)) from e
         finally:
             self._idle.put(handle)
+
+
+def _write_zeros(target: Target, offset: int, length: int) -> None:
+    for at in range(offset, offset + length, len(_ZEROS)):
+        target.write(_ZEROS[: offset + length - at], at)
 
 
 def file_kind(path: str) -> int | None:

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Final, NamedTuple, Protocol
 
-from .disk import ALLOCATED, Disk, Extent, RawLayer
+from .disk import ALLOCATED, Disk, Extent, RawLayer, merged
 from .interrupts import check
 from .progress import Advance
 from .storage import Buffer
@@ -78,20 +78,6 @@ def whole(disk: Disk) -> Iterator[Extent]:
         for extent in disk.extents(at, disk.size - at):
             yield extent
             at = extent.offset + extent.length
-
-
-def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same ranges, neighbours of one type as one."""
-    last: Extent | None = None
-    for extent in extents:
-        if last is not None and last.type == extent.type and sum(last[:2]) == extent.offset:
-            last = Extent(last.offset, last.length + extent.length, last.type)
-            continue
-        if last is not None:
-            yield last
-        last = extent
-    if last is not None:
-        yield last
 
 
 def transfer(

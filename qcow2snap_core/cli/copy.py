@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 
 from ..backup import copy
-from ..errors import escaped
 from ..interrupts import deferred
-from ..libnbd import is_uri, without_secrets
+from ..libnbd import without_secrets
 from .common import add_image_options, disk_named, open_from
 
 HELP = "copy a snapshot, or what changed since an older one"
@@ -34,6 +33,5 @@ def run(args: argparse.Namespace) -> int:
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)
         done = copy(image, new, args.target, since, args.in_place)
-    target = without_secrets(args.target) if is_uri(args.target) else args.target
-    print(f"{escaped(target)}: {done}")
+    print(f"{without_secrets(args.target)}: {done}")
     return 0

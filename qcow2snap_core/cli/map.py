@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_svg(image: Image, name: str | None) -> None:
-    snapshots = image.table().snapshots
-    found = picture(image, snapshots, _CELLS)
+    table = image.table()
+    found = picture(image, table.snapshots, _CELLS)
     if name is not None:
         chosen = None
-        if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in snapshots):
-            chosen = choose(image.table(), Choice(name), image.path).identity
+        if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in table.snapshots):
+            chosen = choose(table, Choice(name), image.path).identity
         found = found._replace(
             strips=[s for s in found.strips if (s.snapshot and s.snapshot.identity) == chosen]
         )

@@ -48,10 +48,14 @@ class Guard(Protocol):
 
 
 class Unguarded:
-    """For what has no snapshot to lose: the active disk of a backing file."""
+    """For what has no snapshot to lose: an active disk."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def check(self) -> None:
-        return
+        """Raises ValueError when the file was closed: zeros are read without a look at it."""
+        self._storage.size()
 
 
 class SnapshotGuard:

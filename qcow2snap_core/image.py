@@ -145,7 +145,9 @@ class Image:
         if h.size > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
-        return Disk(what, h.size, mapping, self._clusters, guard or Unguarded(), self._below)
+        return Disk(
+            what, h.size, mapping, self._clusters, guard or Unguarded(self.storage), self._below
+        )
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length) of the compressed cluster that an L2 entry describes."""
@@ -180,10 +182,10 @@ class Image:
         return self._shared.encrypted
 
     def close(self) -> None:
-        """Close the files; disks of it must not be used any more."""
+        """Close the files.  Whatever is asked of the image or of its disks from now on, or is just
+        being read by another thread, raises ValueError."""
         for storage in self._shared.storages:
             storage.close()
-        self._shared.storages.clear()
 
     def __enter__(self) -> Image:
         return self

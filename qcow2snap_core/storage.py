@@ -17,6 +17,7 @@ import errno
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
@@ -58,7 +59,8 @@ class Storage(Protocol):
     def will_need(self, offset: int, length: int) -> None:
         """Start to fetch the range, without waiting for it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Whatever is asked of it from now on raises ValueError, in every thread."""
 
 
 def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
@@ -133,9 +135,11 @@ class File:
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
         self.inode = inode(os.fstat(fd))
+        self._descriptor = Descriptor(path, fd)
         self._fd = fd
 
     def size(self) -> int:
+        self._descriptor.check_open()
         return os.fstat(self._fd).st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
@@ -196,6 +200,7 @@ class File:
             offset = data
 
     def _seek(self, offset: int, whence: int, end: int) -> int:
+        self._descriptor.check_open()
         try:
             return min(os.lseek(self._fd, offset, whence), end)
         except OSError as e:
@@ -208,7 +213,7 @@ class File:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._descriptor.close()
 
 
 # O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
@@ -225,11 +230,13 @@ class BlockDevice:
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
         self.inode = inode(os.fstat(fd))
+        self._descriptor = Descriptor(path, fd)
         self._fd = fd
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
     def size(self) -> int:
+        self._descriptor.check_open()
         try:
             return os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as e:
@@ -277,10 +284,45 @@ class BlockDevice:
         """Nothing: what the kernel would fetch goes where this class does not look."""
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._descriptor.close()
 
 
-def _failed(path: str, offset: int, length: int, e: OSError) -> Error:
+class Descriptor:
+    """An open file's number, which nobody else gets while somebody may still read by it.
+
+    The system gives the number of a closed descriptor to the next file that is opened, so a read
+    that comes late, or is just on its way in another thread, would return that file's bytes.  A
+    closed one is therefore replaced by one that cannot be read (EBADF), and given back when what
+    read from it is gone: no read has to ask or to count.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._closed = False
+        weakref.finalize(self, os.close, fd)
+
+    def close(self) -> None:
+        """From now on every read fails; harmless when called again."""
+        self._closed = True
+        unreadable = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(unreadable, self._fd, inheritable=False)
+        os.close(unreadable)
+
+    def check_open(self) -> None:
+        """Raises ValueError once it is closed."""
+        if self._closed:
+            raise closed(self._path)
+
+
+def closed(path: str) -> ValueError:
+    """What every use of a closed file raises, as Python's own files do."""
+    return ValueError(f"I/O operation on closed image {shown(path)}")
+
+
+def _failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
+    if e.errno == errno.EBADF:  # descriptors are made here, and replaced by close alone
+        return closed(path)
     return StorageError(
         f"reading {length} bytes of {shown(path)} at host offset {offset:#x} failed: {reason(e)}"
     )

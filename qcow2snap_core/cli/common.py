@@ -19,8 +19,6 @@ ACTIVE: Final = "@active"
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
 
-_MOST_LAYERS: Final = 9  # of which each can have a passphrase of its own
-
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how an image is opened; they mean what the plugin's keys mean."""
@@ -43,10 +41,6 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET|+FILE|-|-FD",
         help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
     )
-    for layer in range(1, _MOST_LAYERS + 1):
-        group.add_argument(
-            f"--passphrase.{layer}", dest=f"passphrase_{layer}", help=argparse.SUPPRESS
-        )
 
 
 def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
@@ -55,9 +49,9 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
     Raises as :func:`.open_image`.
     """
     passphrases = {}
-    for layer in range(_MOST_LAYERS + 1):
-        value = getattr(args, f"passphrase_{layer}")
-        if value is not None and data:
+    for name, value in vars(args).items():
+        if name.startswith("passphrase_") and value is not None and data:
+            layer = int(name.removeprefix("passphrase_"))
             key = f"--passphrase.{layer}" if layer else "--passphrase"
             passphrases[layer] = read_passphrase(key, value)
     options = Options(

@@ -14,7 +14,7 @@ import sys
 from .errors import UsageError, reason, shown
 from .interrupts import raising
 
-_LONGEST = 64 << 10  # of a line; a device that never ends must not fill the memory
+_LONGEST = 64 << 10  # bytes; a device that never ends must not fill the memory
 
 
 def read_passphrase(key: str, value: str) -> bytes:
@@ -25,7 +25,7 @@ def read_passphrase(key: str, value: str) -> bytes:
         return _from_file(key, value[1:])
     if value.startswith("-"):
         return _from_descriptor(key, value[1:])
-    return os.fsencode(value)
+    return _not_too_long(key, os.fsencode(value))
 
 
 def _ask(key: str) -> bytes:
@@ -56,7 +56,14 @@ def _from_descriptor(key: str, number: str) -> bytes:
 def _first_line(key: str, fd: int) -> bytes:
     try:
         with open(fd, "rb") as f:
-            line = f.readline(_LONGEST)
+            line = f.readline(_LONGEST + 1)
     except OSError as e:
         raise UsageError(f"{key}=: cannot read the passphrase: {reason(e)}") from e
-    return line.removesuffix(b"\n")
+    return _not_too_long(key, line.removesuffix(b"\n"))
+
+
+def _not_too_long(key: str, secret: bytes) -> bytes:
+    """A part of it would be another passphrase."""
+    if len(secret) > _LONGEST:
+        raise UsageError(f"{key}=: the passphrase is longer than 64 KiB: is it the right file?")
+    return secret

@@ -31,6 +31,7 @@ from .findings import (
     Owner,
     TooManyError,
 )
+from .guard import Guard, Unguarded
 from .image import Image
 from .refcounts import Refcounts, Uses
 from .snapshots import Snapshot
@@ -46,8 +47,7 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
     run = _Check(image, chosen, findings)
     with suppress(TooManyError):
         run.all()
-    for owner in run.owners:
-        owner.disk.check()
+    run.guard.check()
     return findings.all
 
 
@@ -56,6 +56,7 @@ class _Check:
         self._findings = findings
         self.owners: list[Owner] = []  # who is checked
         self._others: list[Owner] = []  # whose tables others' data must not lie on
+        self.guard: Guard = Unguarded()
         self._image = image
         self._chosen = chosen
         self._bits = image.header.cluster_bits
@@ -83,6 +84,7 @@ class _Check:
 
     def _claim_snapshots(self) -> None:
         table = self._image.table()
+        self.guard = self._image.guard(table.snapshots)
         if table.damage:
             self._findings.add(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
         if table.snapshots:
@@ -92,7 +94,7 @@ class _Check:
             self._claims.claim("the snapshot table", first, end - first)
         for snapshot in table.snapshots:
             try:
-                owner = Owner(snapshot.id, self._image.disk(snapshot))
+                owner = Owner(snapshot.id, self._image.disk(snapshot, guard=self.guard))
             except ImageError as e:
                 if self._chosen in (None, snapshot):
                     self._findings.add(BAD_TABLE, str(e))

@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .disk import Disk
-from .errors import ImageError, SnapshotGone
+from .errors import ImageError
+from .guard import Guard
 from .image import Image
 from .mapping import Mapping, Slice
 from .snapshots import Snapshot
@@ -59,7 +60,8 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
 
     Raises SnapshotGone when one of them is deleted meanwhile.
     """
-    disks = [_disk(image, owner) for owner in (*snapshots, None)]
+    guard = image.guard(snapshots)
+    disks = [_disk(image, owner, guard) for owner in (*snapshots, None)]
     largest = max(disk.size if disk else 0 for disk in disks)
     cell = image.header.cluster_size
     while cell * most < largest:
@@ -73,19 +75,15 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         for own, holds in zip(cells, found, strict=True):
             if at < len(own):
                 own[at] |= holds
-    for disk in disks:
-        if disk:
-            disk.check()
+    guard.check()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
 
 
-def _disk(image: Image, owner: Snapshot | None) -> Disk | None:
+def _disk(image: Image, owner: Snapshot | None, guard: Guard) -> Disk | None:
     """None if it is damaged."""
     try:
-        return image.active_disk() if owner is None else image.disk(owner)
-    except SnapshotGone:
-        raise
+        return image.active_disk() if owner is None else image.disk(owner, guard=guard)
     except ImageError:
         return None
 

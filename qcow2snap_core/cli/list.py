@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from ..entries import oddities
 from ..errors import ImageError, escaped, shown
 from ..exports import exports_of
 from ..image import Image
@@ -45,12 +47,20 @@ def run(args: argparse.Namespace) -> int:
             sizes: list[int | None] = []
         else:
             table, sizes = of_all(image, partial(exclusive_sizes, image))
+        odd = [wrong for _, wrong in oddities(table.snapshots, image.header)]
     listed = list(zip(table.snapshots, sizes, strict=not args.tree))
     if args.json:
         names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
         print_json(_object(s, size, names.get(id(s))) for s, size in listed)
     elif listed:
         print_table([_TITLES, *(_row(s, size) for s, size in listed)], _NUMBERS)
+    if odd:
+        more = f" (and {len(odd) - 1} more like this)" if len(odd) > 1 else ""
+        print(
+            f"qcow2snap: {shown(image.path)}: {odd[0]}{more}: it is listed as it stands, "
+            f"qcow2snap check tells all that is wrong",
+            file=sys.stderr,
+        )
     if table.damage:
         raise ImageError(f"{shown(args.file)}: the snapshot table is damaged: {table.damage}")
     return 0

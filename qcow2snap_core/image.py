@@ -8,6 +8,7 @@ they are asked for, so that an image which a running QEMU has open shows the one
 from __future__ import annotations
 
 from collections.abc import Mapping as ReadOnly
+from collections.abc import Sequence
 from itertools import count
 from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple
@@ -104,25 +105,33 @@ class Image:
         """
         return self.disk(choose(self.table(), Choice(name), self.path))
 
-    def disk(self, snapshot: Snapshot, vm_state: bool = False) -> Disk:
+    def guard(self, snapshots: Sequence[Snapshot]) -> Guard:
+        """One for them all, for who reads the tables of many: it looks at the snapshot table once,
+        where a guard for each would look as often as there are snapshots."""
+        return SnapshotGuard(self.storage, *snapshots)
+
+    def disk(self, snapshot: Snapshot, vm_state: bool = False, guard: Guard | None = None) -> Disk:
         """The disk of a snapshot, or its saved VM state.
 
-        All who have it open share it.  Raises ImageError when it is damaged or already gone.
+        All who have it open share it, but for who brings a guard, which is asked when something
+        was read and not before.  Raises ImageError when it is damaged or already gone.
         """
+        if guard is not None:
+            return self._open_disk(snapshot, vm_state, guard)
         key = (snapshot.identity, vm_state)
         disk = self._disks.get(key)
         if disk is None:
-            disk = self._disks[key] = self._open_disk(snapshot, vm_state)
+            guard = SnapshotGuard(self.storage, snapshot)
+            disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
         disk.check()
         return disk
 
-    def _open_disk(self, snapshot: Snapshot, vm_state: bool) -> Disk:
+    def _open_disk(self, snapshot: Snapshot, vm_state: bool, guard: Guard) -> Disk:
         what = f"snapshot {shown(snapshot.name)} (ID {escaped(snapshot.id)}) of {shown(self.path)}"
         size = snapshot.disk_size
         self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
         if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {size} bytes is impossible")
-        guard = SnapshotGuard(self.storage, snapshot)
         mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size)
         if not vm_state:
             return Disk(what, size, mapping, self._clusters, guard, self._below)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
 from ..disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from ..errors import UsageError
+from ..errors import SnapshotGone, UsageError
 from ..image import BACKING_FORMATS, Image, Options, open_image
 from ..locks import Quiet
 from ..passphrase import read_passphrase
+from ..snapshots import Snapshot, Table
 
 ACTIVE: Final = "@active"
 
@@ -70,6 +71,23 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(Quiet(image.files))
         raise
+
+
+_T = TypeVar("_T")
+_ATTEMPTS: Final = 5
+
+
+def of_all(image: Image, ask: Callable[[Sequence[Snapshot]], _T]) -> tuple[Table, _T]:
+    """The snapshot table, and what ``ask`` finds out about all snapshots in it; both are had anew
+    when one was deleted meanwhile.  Raises SnapshotGone when that happens each time."""
+    for attempt in range(_ATTEMPTS):
+        table = image.table()
+        try:
+            return table, ask(table.snapshots)
+        except SnapshotGone:
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from operator import gt, or_
 
 from . import ondisk as q
 from .claims import Claims
+from .disk import Disk
 from .errors import ImageError
 from .findings import (
     ACTIVE,
@@ -102,6 +103,8 @@ class _Check:
             else:
                 self._others.append(owner)
             self._claim_l1(owner, snapshot.l1_table_offset, snapshot.l1_size)
+            if snapshot.vm_state_size and owner in self.owners:
+                self._check_reach(owner, self._image.disk(snapshot, vm_state=True))
         try:
             active = Owner(ACTIVE, self._image.active_disk())
         except ImageError as e:
@@ -116,6 +119,14 @@ class _Check:
         if entries:
             what = f"the L1 table of {owner.disk.name}"
             self._claims.claim(what, offset, entries * q.L1_ENTRY_SIZE, [owner])
+        if owner in self.owners:
+            self._check_reach(owner, owner.disk)
+
+    def _check_reach(self, owner: Owner, disk: Disk) -> None:
+        """QEMU makes every L1 table large enough, and opens no image whose own is not."""
+        if disk.reach < disk.size:
+            message = f"{disk.name}: its L1 table covers only {disk.reach} of {disk.size} bytes"
+            self._findings.add(BAD_TABLE, message, [owner])
 
     def _claim_l2_tables(self, owner: Owner) -> None:
         mapping = owner.disk.mapping

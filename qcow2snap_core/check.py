@@ -18,6 +18,7 @@ from contextlib import suppress
 from . import ondisk as q
 from .claims import Claims
 from .counts import Counts
+from .disk import Disk
 from .entries import oddities
 from .errors import ImageError
 from .findings import ACTIVE, BAD_TABLE, Finding, Findings, Owner, TooManyError
@@ -44,7 +45,7 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
 class _Check:
     def __init__(self, image: Image, chosen: Snapshot | None) -> None:
         self.findings = Findings()
-        self.guard: Guard = Unguarded()
+        self.guard: Guard = Unguarded(image.storage)
         self._image = image
         self._chosen = chosen
         self._owners: list[Owner] = []
@@ -101,6 +102,8 @@ class _Check:
             self.findings.about = owner
         self._owners.append(owner)
         self._claim_l1(owner, snapshot.l1_table_offset, snapshot.l1_size)
+        if snapshot.vm_state_size and not self._is_another(snapshot):
+            self._check_reach(owner, self._image.disk(snapshot, vm_state=True, guard=self.guard))
 
     def _claim_active(self) -> None:
         try:
@@ -117,6 +120,14 @@ class _Check:
         if entries:
             what = f"the L1 table of {owner.disk.name}"
             self._claims.claim(what, offset, entries * q.L1_ENTRY_SIZE, [owner])
+        if owner is self._active and self._chosen is None:
+            self._check_reach(owner, owner.disk)
+
+    def _check_reach(self, owner: Owner, disk: Disk) -> None:
+        """QEMU makes every L1 table large enough, and opens no image whose own is not."""
+        if disk.reach < disk.size:
+            message = f"{disk.name}: its L1 table covers only {disk.reach} of {disk.size} bytes"
+            self.findings.add(BAD_TABLE, message, [owner])
 
     def _is_another(self, snapshot: Snapshot) -> bool:
         return self._chosen is not None and snapshot.identity != self._chosen.identity

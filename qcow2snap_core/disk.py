@@ -169,6 +169,12 @@ class Disk:
         yield from merged(Extent(*cell[:3]) for cell in checked(cells, self))
 
     @property
+    def reach(self) -> int:
+        """How many of its bytes, from the first on, its L1 table covers; the others are lost."""
+        reach = self._mapping.reach
+        return self.size if reach is None else max(0, min(self.size, reach - self._base))
+
+    @property
     def below(self) -> Layer | None:
         """The layer that has what is unallocated here."""
         return self._below

@@ -132,7 +132,10 @@ class Image:
         self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
         if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {size} bytes is impossible")
-        mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size)
+        # What the active disk has grown by since is not in the L1 table of an old entry, which
+        # goes by that disk's size.
+        grown = not vm_state and not snapshot.records_size
+        mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size, grown)
         if not vm_state:
             return Disk(what, size, mapping, self._clusters, guard, self._below)
         # QEMU: qcow2_vm_state_offset.  No layer below has a part in it.
@@ -204,7 +207,7 @@ class Image:
     ) -> None:
         self.close()
 
-    def _mapping(self, l1_table_offset: int, l1_size: int) -> Mapping:
+    def _mapping(self, l1_table_offset: int, l1_size: int, open_ended: bool = False) -> Mapping:
         shared = self._shared
         return Mapping.of(self._geometry)(
             self.storage,
@@ -213,6 +216,7 @@ class Image:
             l1_size,
             shared.tables,
             next(shared.tokens),
+            open_ended,
         )
 
     def _check_l1(self, offset: int, entries: int, what: str) -> None:

@@ -75,6 +75,10 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         for own, holds in zip(cells, found, strict=True):
             if at < len(own):
                 own[at] |= holds
+    for own, disk in zip(cells, disks, strict=True):
+        if disk and disk.reach < disk.size:
+            first = disk.reach // cell
+            own[first:] = [holds | Holds.UNKNOWN for holds in own[first:]]
     guard.check()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
@@ -97,21 +101,29 @@ def _cells(
     if known is None:
         return
     span = known.bytes_per_l1_entry
-    entries = -(-count * cell // span)
+    longest = max(mapping.l1_size for mapping in mappings if mapping)
+    entries = min(-(-count * cell // span), longest)
     step = max(64, _L1_ENTRIES // len(mappings))
     for first in range(0, entries, step):
-        parts = [_tables(m, first, min(step, entries - first)) for m in mappings]
+        parts = [_tables(disk, first, min(step, entries - first)) for disk in disks]
         for index, tables in enumerate(zip(*parts, strict=True), first):
             if any(tables):
                 for at, found in _behind(known, tables, cell, count * cell - index * span):
                     yield index * span // cell + at, found
 
 
-def _tables(mapping: Mapping | None, first: int, count: int) -> Sequence[int | None]:
+def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
     """The host offsets of L2 tables, 0 where there is none, None where that is unknown."""
-    if mapping is not None:
+    if disk is not None:
         with suppress(ImageError):
-            return [e & q.OFFSET_MASK for e in mapping.l1_entries(first, count)]
+            found: list[int | None] = [
+                e & q.OFFSET_MASK for e in disk.mapping.l1_entries(first, count)
+            ]
+            span = disk.mapping.bytes_per_l1_entry
+            lost = range(-(-disk.reach // span), -(-disk.size // span))
+            for index in range(max(first, lost.start), min(first + count, lost.stop)):
+                found[index - first] = None
+            return found
     return [None] * count
 
 

@@ -66,6 +66,12 @@ class Snapshot(NamedTuple):
             self.l1_size,
         )
 
+    @property
+    def records_size(self) -> bool:
+        """Whether the entry itself says how large the disk is, as those of old QEMUs do not."""
+        known: int = q.EXTRA_DISK_SIZE.stop
+        return self.extra_data_size >= known
+
 
 _PIECE: Final = 64 << 10  # of a table: its length is nowhere written
 _KEPT_WHOLE: Final = 16 << 10  # a longer start of a table is known by its hash

@@ -23,6 +23,7 @@ class Target(Protocol):
     """Where bytes go to.  Its methods raise StorageError."""
 
     size: int  # bytes
+    foreign: bool  # another program writes: :mod:`.transfer` keeps zeros and data apart
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view."""
@@ -47,6 +48,8 @@ _ZEROS: Final = memoryview(bytes(1 << 20))
 
 class RawTarget:
     """An open file or block device."""
+
+    foreign = False
 
     def __init__(self, path: str, fd: int, *, empty: bool = False) -> None:
         """Owns the descriptor.  ``empty``: it is one hole already."""
@@ -98,6 +101,8 @@ def open_device(path: str) -> RawTarget:
 
 class NbdTarget:
     """A writable NBD export, over several connections where the server allows that."""
+
+    foreign = True
 
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""

@@ -38,6 +38,7 @@ from .transfer import (
     whole,
 )
 from .units import binary
+from .verify import Readable, compare
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
 
@@ -55,10 +56,16 @@ class Copied:
 
 
 def copy(
-    image: Image, new: Disk, target: str, since: Disk | None = None, in_place: bool = False
+    image: Image,
+    new: Disk,
+    target: str,
+    since: Disk | None = None,
+    in_place: bool = False,
+    verify: bool = True,
 ) -> Copied:
     """Make ``target`` hold the disk ``new``; with ``since``, which it holds now, only what differs.
 
+    With ``verify``, what was written to a device or an export is read back and compared.
     Raises UsageError before anything is written when the target will not do, otherwise what
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
@@ -70,9 +77,10 @@ def copy(
     kind = file_kind(target)
     if is_uri(target):
         to = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
-        job.into(to, without_secrets(target))
+        job.into(to, without_secrets(target), to if verify else None)
     elif kind == stat.S_IFBLK:
-        job.into(open_device(target), target)
+        with _device(target) as (device, readable):
+            job.into(device, target, readable if verify else None)
     elif kind is not None and kind != stat.S_IFREG:
         raise UsageError(f"{shown(target)} is neither a file nor a block device")
     elif since is None:
@@ -95,8 +103,8 @@ class _Job:
         self._threads = threads
         self.amount = amount
 
-    def into(self, target: Target, name: str) -> None:
-        """Write into something that is there and keeps its size."""
+    def into(self, target: Target, name: str, found: Readable | None) -> None:
+        """Write into something that is there and keeps its size, and compare what is found."""
         try:
             need = self._new.size if self._since is None else max(self._new.size, self._since.size)
             if target.size < need:
@@ -105,6 +113,8 @@ class _Job:
                 )
             with _partly_written(name):
                 self._move(target)
+                if found is not None:
+                    self._compare(found, name)
         finally:
             target.close()
 
@@ -134,6 +144,10 @@ class _Job:
         with progress("copying", self.amount.data) as advance:
             transfer(self._new, self._plan, target, advance, self._threads)
 
+    def _compare(self, found: Readable, name: str) -> None:
+        with progress("comparing", self.amount.data + self.amount.zeros) as advance:
+            compare(self._new, self._plan, found, shown(name), advance, self._threads)
+
     def _clone(self, path: str, fd: int) -> None:
         """Make the empty file a copy of the old one."""
         old = open_storage(path)
@@ -150,6 +164,17 @@ class _Job:
                 transfer(source, source.plan, RawTarget(path, fd, empty=True), advance)
         finally:
             old.close()
+
+
+@contextmanager
+def _device(path: str) -> Iterator[tuple[Target, Readable]]:
+    """A device to write to, and the same to read from, past the cache in which what was written
+    may still be."""
+    storage = open_storage(path)
+    try:
+        yield open_device(path), RawSource(RawLayer(storage))
+    finally:
+        storage.close()
 
 
 @contextmanager

@@ -63,8 +63,11 @@ class RawSource:
 
     def plan(self) -> Iterator[Extent]:
         """All of it, as its holes say."""
-        for offset, length, kind, _ in self._layer.pieces(0, self._layer.size):
-            yield Extent(offset, length, kind)
+        return self.extents(0, self._layer.size)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        for start, n, kind, _ in self._layer.pieces(offset, length):
+            yield Extent(start, n, kind)
 
 
 class Amount(NamedTuple):

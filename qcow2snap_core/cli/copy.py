@@ -3,8 +3,9 @@
 With --since only what changed since the snapshot OLD is written, and TARGET must hold OLD already.
 A file is written under a temporary name and renamed when it is whole; for --since that begins
 as a copy of the old one, which is free on Btrfs and XFS and otherwise needs the time and the
-space. --in-place goes without. Devices and NBD exports are always written in place. When a copy
-in place is interrupted TARGET is a mixture: repeat the same command to complete it."""
+space. --in-place goes without. Devices and NBD exports are always written in place, then read back
+and compared. When a copy in place is interrupted TARGET is a mixture: repeat the same command to
+complete it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import argparse
 from ..backup import copy
 from ..interrupts import deferred
 from ..libnbd import without_secrets
-from .common import add_image_options, disk_named, open_from
+from .common import add_image_options, add_no_verify, disk_named, open_from
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in-place", action="store_true", help="update a file without a copy")
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
     parser.add_argument("target", metavar="TARGET", help="a path, or an NBD URI")
+    add_no_verify(parser)
     add_image_options(parser)
 
 
@@ -32,6 +34,6 @@ def run(args: argparse.Namespace) -> int:
     with open_from(args) as image, deferred():
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)
-        done = copy(image, new, args.target, since, args.in_place)
+        done = copy(image, new, args.target, since, args.in_place, args.verify)
     print(f"{without_secrets(args.target)}: {done}")
     return 0

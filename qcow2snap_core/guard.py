@@ -27,7 +27,7 @@ from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
-from .snapshots import Proof, Snapshot, date, read_table_once
+from .snapshots import Identity, Proof, Snapshot, date, read_table_once
 from .storage import Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -43,12 +43,18 @@ _MISSING_FOR: Final = 4  # consistent tables in a row
 class Guard(Protocol):
     """Tells whether what was just read may be returned."""
 
+    @property
+    def identity(self) -> Identity | None:
+        """Of the snapshot; None for an active disk, which has none that lasts."""
+
     def check(self) -> None:
         """Raises SnapshotGone, or ImageError when it cannot be told."""
 
 
 class Unguarded:
     """For what has no snapshot to lose: the active disk of a backing file."""
+
+    identity = None
 
     def check(self) -> None:
         return
@@ -59,7 +65,7 @@ class SnapshotGuard:
 
     def __init__(self, storage: Storage, snapshot: Snapshot) -> None:
         self._storage = storage
-        self._identity = snapshot.identity
+        self.identity: Final = snapshot.identity
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
@@ -81,7 +87,7 @@ class SnapshotGuard:
             for _ in range(_ATTEMPTS):
                 if self._gone is not None:
                     raise SnapshotGone(self._gone)
-                table = read_table_once(self._storage, self._identity)
+                table = read_table_once(self._storage, self.identity)
                 if not table.torn:
                     if table.proof is not None:
                         self._proof = table.proof

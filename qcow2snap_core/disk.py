@@ -21,6 +21,7 @@ from .storage import Buffer, Storage
 
 if TYPE_CHECKING:
     from .raw import RawDisk
+    from .snapshots import Identity
 
 # Extent types, with the numbers of NBD's base:allocation.
 ALLOCATED: Final = 0
@@ -152,6 +153,11 @@ class Disk:
     def mapping(self) -> Mapping:
         """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
         return self._mapping
+
+    @property
+    def identity(self) -> Identity | None:
+        """What makes the snapshot this one; None for an active disk."""
+        return self._guard.identity
 
     def check(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""

@@ -30,7 +30,7 @@ from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
-from .snapshots import Proof, Snapshot, Table, date, read_table_once
+from .snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
 from .storage import Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -46,12 +46,18 @@ _MISSING_FOR: Final = 4  # consistent tables in a row
 class Guard(Protocol):
     """Tells whether what was just read may be returned."""
 
+    @property
+    def identity(self) -> Identity | None:
+        """Of the snapshot; None for an active disk, which has none that lasts."""
+
     def check(self) -> None:
         """Raises SnapshotGone, or ImageError when it cannot be told."""
 
 
 class Unguarded:
     """For what has no snapshot to lose: an active disk."""
+
+    identity = None
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -68,6 +74,7 @@ class SnapshotGuard:
         self._storage = storage
         self._snapshots = snapshots
         self._wanted = frozenset(s.identity for s in snapshots)
+        self.identity: Final = snapshots[0].identity if len(snapshots) == 1 else None
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.

@@ -44,6 +44,16 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves out the comparison of what was written with its source."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not read back and compare what was written",
+    )
+
+
 def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
     """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
 

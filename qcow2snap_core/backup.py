@@ -111,13 +111,13 @@ class _Job:
     def new_file(self, path: str) -> None:
         with output(path) as part:
             check_space(os.path.dirname(part), self.amount.data, f"copying to {shown(path)}")
-            with _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+            with _opened(part, os.O_RDWR) as fd:
                 _keep_mode(path, fd)
                 os.ftruncate(fd, self._new.size)
                 self._move(RawTarget(path, fd, empty=True))
 
     def update(self, path: str) -> None:
-        with output(path) as part, _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+        with output(path) as part, _opened(part, os.O_RDWR) as fd:
             _keep_mode(path, fd)
             self._clone(path, fd)
             os.ftruncate(fd, self._new.size)

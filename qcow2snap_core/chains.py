@@ -65,9 +65,8 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
-    with output(directory) as temporary:
+    with output(directory, is_directory=True) as temporary:
         total = _check_room(image, parts, os.path.dirname(temporary), directory)
-        os.mkdir(temporary)
         if os.path.isdir(directory):
             os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
         backing = _kept_backing(image, directory) if keep else None

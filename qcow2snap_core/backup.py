@@ -18,15 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
+from .destination import Kind, destination
 from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
 from .libnbd import is_uri, without_secrets
-from .outputs import check_other, check_space, output
+from .outputs import check_space, output
 from .progress import progress
 from .storage import open_storage
-from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
+from .targets import NbdTarget, RawTarget, Target, open_device
 from .transfer import (
     THREADS,
     THREADS_REMOTE,
@@ -38,6 +39,8 @@ from .transfer import (
     whole,
 )
 from .units import binary
+
+TARGETS: Final = Kind.FILE | Kind.DEVICE | Kind.EXPORT  # what a disk can be copied to
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
 
@@ -63,18 +66,16 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
-    check_other(image.files, target)
+    to = destination(target, TARGETS, in_place=in_place)
+    to.check_apart(image.files)
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     job = _Job(new, plan, count(plan), since, threads)
-    kind = file_kind(target)
-    if is_uri(target):
-        to = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
-        job.into(to, without_secrets(target))
-    elif kind == stat.S_IFBLK:
+    if to.kind is Kind.EXPORT:
+        export = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
+        job.into(export, without_secrets(target))
+    elif to.kind is Kind.DEVICE:
         job.into(open_device(target), target)
-    elif kind is not None and kind != stat.S_IFREG:
-        raise UsageError(f"{shown(target)} is neither a file nor a block device")
     elif since is None:
         job.new_file(target)
     else:
@@ -181,7 +182,7 @@ def _keep_mode(path: str, fd: int) -> None:
 
 def _check_old(target: str, since: Disk) -> None:
     """Raises UsageError when the target cannot hold the old snapshot."""
-    if file_kind(target) is None:
+    if not os.path.exists(target):
         raise UsageError(f"there is no {shown(target)}: it must hold the snapshot of --since")
     size = os.stat(target).st_size
     if size != since.size:

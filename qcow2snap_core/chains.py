@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from .destination import Kind, destination
 from .diff import changes
 from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
 from .errors import UsageError, shown
@@ -24,11 +25,14 @@ from .image import Image
 from .interrupts import check
 from .libnbd import is_uri
 from .locks import check_quiet
-from .outputs import check_other, check_space, output
+from .outputs import check_space, output
 from .progress import Advance, progress
 from .qemu import qemu_img, writable
 from .snapshots import Snapshot, read_table
 from .transfer import Plan, RawSource, Source, transfer, whole
+
+SPLIT_TARGETS: Final = Kind.DIRECTORY
+JOIN_TARGETS: Final = Kind.FILE
 
 ENDING: Final = ".qcow2"
 ACTIVE: Final = "active"
@@ -55,7 +59,7 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
 
     Raises UsageError before anything is written when that cannot be done.
     """
-    _check_directory(directory)
+    destination(directory, SPLIT_TARGETS).check_apart(image.files)
     _check_local(image)
     check_quiet(image.files)
     snapshots = image.snapshots
@@ -150,18 +154,6 @@ def _check_local(image: Image) -> None:
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
 
 
-def _check_directory(directory: str) -> None:
-    if not os.path.lexists(directory):
-        parent = os.path.dirname(os.path.realpath(directory))
-        if not os.path.isdir(parent):
-            raise UsageError(f"there is no directory {shown(parent)}")
-        return
-    if not os.path.isdir(directory):
-        raise UsageError(f"{shown(directory)} is not a directory")
-    if os.listdir(directory):
-        raise UsageError(f"{shown(directory)} is not empty: give a directory that is, or none")
-
-
 # --- join ---
 
 
@@ -170,7 +162,7 @@ def join(top: Image, out: str, warn: Warn) -> list[str]:
 
     Raises UsageError before anything is written when that cannot be done.
     """
-    check_other(top.files, out)
+    destination(out, JOIN_TARGETS).check_apart(top.files)
     _check_local(top)
     check_quiet(top.files)
     chain = top.chain[::-1]

@@ -28,15 +28,13 @@ import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from .errors import UsageError, reason, shown
-from .libnbd import absolute, is_uri
-from .storage import Storage, inode
 from .units import binary
 
 _FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
@@ -49,7 +47,8 @@ _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 def output(path: str, is_directory: bool = False) -> Iterator[str]:
     """The name of an empty file or directory that the block fills; then it is renamed to ``path``.
 
-    A symlink is followed, so that what it leads to is replaced and not the link.
+    A symlink is followed, so that what it leads to is replaced and not the link.  Whoever calls has
+    asked :func:`.destination` whether that will do.
     """
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
@@ -68,27 +67,6 @@ def output(path: str, is_directory: bool = False) -> Iterator[str]:
     finally:
         os.close(held)
     _sync(directory)
-
-
-def check_other(files: Iterable[Storage], path: str) -> None:
-    """Raises UsageError when the path or URI is one of the files that are being read."""
-    if is_uri(path):
-        _check_other_uri(files, path)
-        return
-    try:
-        this = inode(os.stat(path))
-    except FileNotFoundError:
-        return
-    for file in files:
-        if file.inode == this:
-            raise UsageError(f"{shown(path)} is {shown(file.path)}, which is being copied")
-
-
-def _check_other_uri(files: Iterable[Storage], uri: str) -> None:
-    """The same export may have many URIs; this is for the slip of giving one twice."""
-    for file in files:
-        if file.absolute == absolute(uri):
-            raise UsageError(f"{shown(file.path)} is being copied, it cannot be the target")
 
 
 def check_space(directory: str, needed: int, what: str) -> None:

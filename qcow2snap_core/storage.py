@@ -78,7 +78,7 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         kind = os.fstat(handle).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise UsageError(
-                f"{shown(path)} is a {_kind_name(kind)}: give a regular file or a block device"
+                f"{shown(path)} is a {kind_name(kind)}: give a regular file or a block device"
             )
         # What the descriptor holds, whatever the name means by now.
         itself = f"/proc/self/fd/{handle}"
@@ -110,8 +110,11 @@ def _reopen(itself: str, flags: int) -> int:
     return os.open(itself, os.O_RDONLY | os.O_CLOEXEC | flags)
 
 
-def _kind_name(mode: int) -> str:
+def kind_name(mode: int) -> str:
+    """What a file with this mode is called, without an article."""
     kinds = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFBLK: "block device",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFCHR: "character device",

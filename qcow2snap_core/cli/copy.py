@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..backup import copy
+from ..backup import TARGETS, copy
+from ..destination import destination
 from ..interrupts import deferred
 from ..libnbd import without_secrets
 from .common import add_image_options, disk_named, open_from
@@ -29,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.target, TARGETS, in_place=args.in_place)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)

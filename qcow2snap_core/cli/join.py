@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..chains import join
+from ..chains import JOIN_TARGETS, join
+from ..destination import destination
 from ..errors import escaped
 from ..interrupts import deferred
 from .common import add_image_options, open_from
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.out, JOIN_TARGETS)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         names = join(image, args.out, warn)
     print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")

@@ -35,6 +35,7 @@ class Storage(Protocol):
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
+    trusted: str | None  # the directory that they may lead to without being asked for, if any
     inode: tuple[int, int]  # which file it is, by whatever name
 
     def size(self) -> int:
@@ -61,10 +62,14 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
-def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
+Permit = Callable[[str, tuple[int, int]], None]
+
+
+def open_storage(path: str, permit: Permit | None = None) -> Storage:
     """Open a regular file or block device for reading.
 
-    ``permit`` is called with the resolved path before anything is opened; it raises to refuse.
+    ``permit`` is called with the resolved path and the inode, as :attr:`Storage.inode`, before
+    anything is opened; it raises to refuse.
     Raises UsageError when there is no such file, or it is of another kind.
     """
     try:
@@ -84,9 +89,9 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         itself = f"/proc/self/fd/{handle}"
         real = os.readlink(itself)
         if permit is not None:
-            permit(real)
+            permit(real, inode(os.fstat(handle)))
         if stat.S_ISBLK(kind):
-            return BlockDevice(path, real, _reopen(itself, os.O_DIRECT))
+            return BlockDevice(path, _reopen(itself, os.O_DIRECT))
         return File(path, real, _reopen(itself, 0))
     except OSError as e:
         raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
@@ -135,6 +140,7 @@ class File:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
+        self.trusted = self.directory
         self.inode = inode(os.fstat(fd))
         self._fd = fd
 
@@ -223,10 +229,12 @@ _BOUNCE: Final = 1 << 20
 class BlockDevice:
     """A block device, read past the page cache."""
 
-    def __init__(self, path: str, real: str, fd: int) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.absolute = from_here(path)
-        self.directory: str | None = os.path.dirname(real)
+        # Of its name, for QEMU's sake: a volume's is /dev/group/name, its node /dev/dm-3.
+        self.directory: str | None = os.path.dirname(self.absolute)
+        self.trusted: str | None = None  # all the machine's devices lie in /dev
         self.inode = inode(os.fstat(fd))
         self._fd = fd
         # Anonymous memory is aligned, and nothing can shrink it.

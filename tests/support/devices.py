@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from qcow2snap_core.storage import Storage, open_storage
+from qcow2snap_core.storage import Permit, Storage, open_storage
 
 
 @contextmanager
-def opened(path: Path, permit: Callable[[str], None] | None = None) -> Iterator[Storage]:
+def opened(path: Path, permit: Permit | None = None) -> Iterator[Storage]:
     """A file or device as the core opens it."""
     storage = open_storage(str(path), permit)
     try:

@@ -21,16 +21,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from .bases import check_base, keep, keep_beside, keep_in, no_record
+from .destination import Kind, destination
 from .diff import changes
 from .disk import Disk, RawLayer
 from .errors import Error, UsageError, reason, shown
 from .image import Image
 from .libnbd import is_uri, without_secrets
-from .outputs import check_other, check_space, output
+from .outputs import check_space, output
 from .progress import progress
 from .records import Record, held
 from .storage import open_storage
-from .targets import NbdTarget, RawTarget, Target, file_kind, open_device
+from .targets import NbdTarget, RawTarget, Target, open_device
 from .transfer import (
     THREADS,
     THREADS_REMOTE,
@@ -43,6 +44,8 @@ from .transfer import (
 )
 from .units import binary
 from .verify import Readable, compare
+
+TARGETS: Final = Kind.FILE | Kind.DEVICE | Kind.EXPORT  # what a disk can be copied to
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
 
@@ -76,21 +79,19 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
-    check_other(image.files, target)
+    to = destination(target, TARGETS, in_place=in_place)
+    to.check_apart(image.files)
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     job = _Job(new, plan, count(plan), since, threads)
-    kind = file_kind(target)
-    if since is not None and not trust_base and (is_uri(target) or kind == stat.S_IFBLK):
+    if since is not None and not trust_base and to.kind is not Kind.FILE:
         raise no_record(without_secrets(target), since)
-    if is_uri(target):
-        to = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
-        job.into(to, without_secrets(target), to if verify else None)
-    elif kind == stat.S_IFBLK:
+    if to.kind is Kind.EXPORT:
+        export = NbdTarget(target, lambda handle: handle.connect_uri(target), THREADS)
+        job.into(export, without_secrets(target), export if verify else None)
+    elif to.kind is Kind.DEVICE:
         with _device(target) as (device, readable):
             job.into(device, target, readable if verify else None)
-    elif kind is not None and kind != stat.S_IFREG:
-        raise UsageError(f"{shown(target)} is neither a file nor a block device")
     elif since is None:
         job.new_file(target)
     else:
@@ -130,7 +131,7 @@ class _Job:
         record = Record(held(self._new))
         with output(path) as part:
             check_space(os.path.dirname(part), self.amount.data, f"copying to {shown(path)}")
-            with _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+            with _opened(part, os.O_RDWR) as fd:
                 _keep_mode(path, fd)
                 os.ftruncate(fd, self._new.size)
                 self._move(RawTarget(path, fd, empty=True))
@@ -139,7 +140,7 @@ class _Job:
 
     def update(self, path: str) -> None:
         record = Record(held(self._new))
-        with output(path) as part, _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+        with output(path) as part, _opened(part, os.O_RDWR) as fd:
             _keep_mode(path, fd)
             self._clone(path, fd)
             os.ftruncate(fd, self._new.size)
@@ -226,7 +227,7 @@ def _keep_mode(path: str, fd: int) -> None:
 
 def _check_old(target: str, since: Disk, new: Disk, trust_base: bool) -> None:
     """Raises UsageError when the target does not hold the old snapshot."""
-    if file_kind(target) is None:
+    if not os.path.exists(target):
         raise UsageError(f"there is no {shown(target)}: it must hold the snapshot of --since")
     if not trust_base:
         check_base(target, since, new)

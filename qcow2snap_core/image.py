@@ -42,6 +42,7 @@ class Options(NamedTuple):
     cluster_cache_size: int = 64 << 20
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
+    allow_files: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -52,7 +53,7 @@ class _Shared:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.policy = Policy(options.allow_dirs)
+        self.policy = Policy(options.allow_dirs, options.allow_files)
         self.tables: TableCache = BoundedCache(options.l2_cache_size, OVERHEAD)
         self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size, OVERHEAD)
         self.tokens = count()

@@ -46,6 +46,7 @@ class RemoteFile:
     """An NBD export.  Safe to use from several threads."""
 
     directory: str | None = None
+    trusted: str | None = None
 
     def __init__(self, uri: str) -> None:
         """Connects.  Raises UsageError when that fails."""

@@ -36,6 +36,7 @@ class Storage(Protocol):
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
+    trusted: str | None  # the directory that they may lead to without being asked for, if any
     inode: tuple[int, int]  # which file it is, by whatever name
 
     def size(self) -> int:
@@ -63,10 +64,14 @@ class Storage(Protocol):
         """Whatever is asked of it from now on raises ValueError, in every thread."""
 
 
-def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
+Permit = Callable[[str, tuple[int, int]], None]
+
+
+def open_storage(path: str, permit: Permit | None = None) -> Storage:
     """Open a regular file or block device for reading.
 
-    ``permit`` is called with the resolved path before anything is opened; it raises to refuse.
+    ``permit`` is called with the resolved path and the inode, as :attr:`Storage.inode`, before
+    anything is opened; it raises to refuse.
     Raises UsageError when there is no such file, or it is of another kind.
     """
     try:
@@ -80,15 +85,15 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         kind = os.fstat(handle).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise UsageError(
-                f"{shown(path)} is a {_kind_name(kind)}: give a regular file or a block device"
+                f"{shown(path)} is a {kind_name(kind)}: give a regular file or a block device"
             )
         # What the descriptor holds, whatever the name means by now.
         itself = f"/proc/self/fd/{handle}"
         real = os.readlink(itself)
         if permit is not None:
-            permit(real)
+            permit(real, inode(os.fstat(handle)))
         if stat.S_ISBLK(kind):
-            return BlockDevice(path, real, _reopen(itself, os.O_DIRECT))
+            return BlockDevice(path, _reopen(itself, os.O_DIRECT))
         return File(path, real, _reopen(itself, 0))
     except OSError as e:
         raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
@@ -112,8 +117,11 @@ def _reopen(itself: str, flags: int) -> int:
     return os.open(itself, os.O_RDONLY | os.O_CLOEXEC | flags)
 
 
-def _kind_name(mode: int) -> str:
+def kind_name(mode: int) -> str:
+    """What a file with this mode is called, without an article."""
     kinds = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFBLK: "block device",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFCHR: "character device",
@@ -134,6 +142,7 @@ class File:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
+        self.trusted = self.directory
         self.inode = inode(os.fstat(fd))
         self._descriptor = Descriptor(path, fd)
         self._fd = fd
@@ -225,10 +234,12 @@ _BOUNCE: Final = 1 << 20
 class BlockDevice:
     """A block device, read past the page cache."""
 
-    def __init__(self, path: str, real: str, fd: int) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.absolute = from_here(path)
-        self.directory: str | None = os.path.dirname(real)
+        # Of its name, for QEMU's sake: a volume's is /dev/group/name, its node /dev/dm-3.
+        self.directory: str | None = os.path.dirname(self.absolute)
+        self.trusted: str | None = None  # all the machine's devices lie in /dev
         self.inode = inode(os.fstat(fd))
         self._descriptor = Descriptor(path, fd)
         self._fd = fd

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..backup import copy
+from ..backup import TARGETS, copy
+from ..destination import destination
 from ..interrupts import deferred
 from ..libnbd import without_secrets
 from .common import add_image_options, add_no_verify, disk_named, open_from
@@ -42,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.since is None and (args.in_place or args.trust_base):
         args.usage_error("--in-place and --trust-base go with --since")
+    destination(args.target, TARGETS, in_place=args.in_place)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         new = disk_named(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)

@@ -34,6 +34,8 @@ from support.differential.program import Program, generate
 from support.differential.seeds import COMPARISONS, Verdict, judge, run, smallest, turn
 
 _PATIENCE = 300  # seconds for a seed
+_TRIES = 2  # for what depends on threads
+_ALIKE = 24  # characters of the same failure
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -138,12 +140,19 @@ def _smallest(program: Program, names: Sequence[str]) -> Program:
         sys.exit(f"seed {program.seed}: nothing is different")
     name = verdict.wrong[0].partition(":")[0]
 
+    last = verdict
+
     def fails(smaller: Program) -> bool:
-        found = _judged_apart(smaller, [name]).wrong
-        return bool(found) and found[0][:40] == verdict.wrong[0][:40]
+        nonlocal last
+        for _ in range(_TRIES):
+            found = _judged_apart(smaller, [name])
+            if found.wrong and found.wrong[0][:_ALIKE] == verdict.wrong[0][:_ALIKE]:
+                last = found
+                return True
+        return False
 
     program = smallest(program, fails)
-    print(f"# {_judged_apart(program, [name]).wrong}")
+    print(f"# {last.wrong[0]}")
     return program
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import judging, reading, serving, writing
 from .program import Program, Step, generate
-from .world import Different, Unavailable, World
+from .world import Different, Hung, Unavailable, World
 
 Comparison = Callable[[World, random.Random], None]
 
@@ -60,7 +60,11 @@ def judge(program: Program, names: Sequence[str], directory: Path) -> Verdict:
     verdict = Verdict(program.seed)
     # QEMU takes relative names of data files from where it runs.
     os.chdir(directory)
-    world = World(program, directory)
+    try:
+        world = World(program, directory)
+    except Hung:
+        verdict.counted.append("left out, since QEMU hung")
+        return verdict
     for name in names:
         rng = random.Random(f"{name} {program.seed}")
         try:

@@ -31,7 +31,7 @@ from support import command, qemu, secret
 from . import steps
 from .program import Program, Step
 
-_PATIENCE = 60  # seconds for a command of QEMU's
+_PATIENCE = 30  # seconds for a command of QEMU's
 _RETRIES = 10  # of "qemu-img create", which may fail to measure how fast PBKDF2 is
 _INCOMPATIBLE = 72 + 7  # of the header: the low byte of the feature bits
 _DIRTY = 1
@@ -39,6 +39,10 @@ _DIRTY = 1
 
 class Different(Exception):
     """Something that this program says is not what QEMU says."""
+
+
+class Hung(Exception):
+    """QEMU does not come to an end: "amend -o refcount_bits" is one that may not, in 7.2."""
 
 
 class Unavailable(Exception):
@@ -84,7 +88,10 @@ class World:
                 steps.OWN[step[0]](*step[1:])
             return
         for _ in range(_RETRIES):
-            done = self.run(*step)
+            try:
+                done = self.run(*step)
+            except subprocess.TimeoutExpired as e:
+                raise Hung(str(e)) from e
             if "accurate CPU usage" not in done.stderr:
                 break
         if done.returncode < 0:
@@ -149,9 +156,9 @@ class World:
         opened = [*secret.objects(self.secrets), *secret.opened(path, self.secrets)]
         return qemu.run("qemu-img", *arguments, *opened)
 
-    def check(self, path: Path) -> dict[str, Any]:
+    def check(self, path: Path, *repair: str) -> dict[str, Any]:
         """qemu-img check: how many "corruptions", "leaks" and "check-errors"."""
-        line = ["qemu-img", "check", "--output=json", *secret.objects(self.secrets)]
+        line = ["qemu-img", "check", *repair, "--output=json", *secret.objects(self.secrets)]
         done = self.run(*line, *secret.opened(path, self.secrets))
         if done.returncode not in (0, 2, 3):
             raise Unavailable(f"qemu-img check: {done.stderr}")

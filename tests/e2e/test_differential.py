@@ -8,7 +8,10 @@ from __future__ import annotations
 import pytest
 from differential import judged
 
-SEEDS = (6, 47, 56, 67)
+SEEDS = (
+    47, 56, 59, 95, 102, 126, 149, 156, 186, 195,
+    202, 252, 275, 310, 329, 339, 359, 375, 381, 388,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -9,7 +9,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-test
-.PHONY: mutants fuzz install uninstall deb rpm clean
+.PHONY: mutants differential fuzz install uninstall deb rpm clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -22,6 +22,8 @@ help:
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
 	@echo "                     and build/bench.svg"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
+	@echo "make differential    2,000 images made by random commands of QEMU's tools, and all that we say of"
+	@echo "                     them held against QEMU (half an hour; SEEDS= FROM= for others)"
 	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
@@ -67,6 +69,12 @@ compare-live: deps-test
 COUNT ?= 20000
 mutants: deps-test
 	$(PYTHON) tests/support/mutants.py $(COUNT)
+
+# A line for each seed that differs, with the command that replays it.
+SEEDS ?= 2000
+FROM ?= 0
+differential: deps-test
+	$(PYTHON) tests/differential.py --seeds $(SEEDS) --from $(FROM)
 
 # atheris comes from PyPI as well, and only here.
 $(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test

@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 import threading
-import traceback
 
 import nbdkit
 
@@ -18,7 +17,7 @@ _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
     sys.path.insert(0, _checkout)
 
-from qcow2snap_core import Error, Image, UsageError, __version__, codecs, encryption  # noqa: E402
+from qcow2snap_core import Image, UsageError, __version__, codecs, encryption  # noqa: E402
 from qcow2snap_core.disk import Disk  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
@@ -39,34 +38,26 @@ _image: Image
 _one_at_a_time = threading.Lock()
 _pinned: tuple[Snapshot, Disk] | None = None  # with snapshot=; the disk keeps its caches warm
 
-# nbdkit prints what this function returns for an exception.  Ours are written for users and are
-# one line; any other is a bug and keeps its traceback.
-_format_exception = traceback.format_exception
+
+def _reported(callback):
+    """What it raises is one line in nbdkit's log.  pread and extents see to that themselves, since
+    another call costs each request."""
+
+    def called(*arguments):
+        try:
+            return callback(*arguments)
+        except Exception:
+            _report()
+            raise
+
+    return called
 
 
-def _one_line(kind, value=None, trace=None, *args, **kwargs):
-    error = kind if value is None else value
-    if isinstance(error, Error):
-        lines = [str(error)]
-    elif isinstance(error, MemoryError):
-        lines = ["out of memory"]
-    else:
-        lines = _format_exception(kind, value, trace, *args, **kwargs)
-    _forget(error, trace)
-    return lines
+def _report():
+    # Imported here: what it needs takes a quarter of the whole start.
+    from qcow2snap_core.reports import in_one_line
 
-
-def _forget(error, trace):
-    """nbdkit 1.32 never frees an exception, nor what its frames hold: whole snapshot tables, for a
-    client that asks for exports which there are not."""
-    error.args = ()
-    error.__context__ = error.__cause__ = error.__traceback__ = None
-    if trace is not None:
-        traceback.clear_frames(trace)
-        trace.tb_next = None
-
-
-traceback.format_exception = _one_line
+    in_one_line()
 
 
 def dump_plugin():
@@ -76,10 +67,12 @@ def dump_plugin():
     sys.stdout.flush()
 
 
+@_reported
 def config(key, value):
     _settings.set(key, value)
 
 
+@_reported
 def config_complete():
     global _image, _pinned
     share_heaps()
@@ -107,11 +100,13 @@ def _snapshots():
     return (snapshot,)
 
 
+@_reported
 def list_exports(readonly, is_tls):
     with _one_at_a_time:
         return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
 
 
+@_reported
 def default_export(readonly, is_tls):
     with _one_at_a_time:
         return default(exports_of(_snapshots())) or ""
@@ -128,6 +123,7 @@ class Connection:
         self.kept = KeptThreadState()
 
 
+@_reported
 def open(readonly):  # noqa: A001 (nbdkit's name)
     try:
         name = nbdkit.export_name()
@@ -173,6 +169,7 @@ def pread(h, buf, offset, flags):
         h.disk.pread_into(buf, offset)
     except Exception:
         nbdkit.set_error(errno.EIO)
+        _report()
         raise
 
 
@@ -182,9 +179,11 @@ def extents(h, count, offset, flags):
         return [next(found)] if flags & nbdkit.FLAG_REQ_ONE else list(found)
     except Exception:
         nbdkit.set_error(errno.EIO)
+        _report()
         raise
 
 
+@_reported
 def cache(h, count, offset, flags):
     h.disk.prefetch(offset, count)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Final, Generic, TypeVar
+
+from .typed import Final, Generic, TypeVar
 
 # Of a value beside its bytes: its object, its key and its places in two dictionaries.  Clusters of
 # 512 bytes would otherwise take twice what the bound says.

@@ -8,9 +8,7 @@ compressed stream to a full sector.  Anything else past the end of the file is d
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from threading import BoundedSemaphore
-from typing import Any, Final, TypeVar
 
 from . import ondisk as q
 from .cache import BoundedCache
@@ -18,6 +16,7 @@ from .codecs import Codec
 from .encryption import Encryption
 from .errors import ImageError
 from .storage import Buffer, Storage
+from .typed import Any, Final, TypeVar
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], bytearray]
@@ -31,6 +30,19 @@ _ZEROS = memoryview(bytes(1 << 20))
 # decoder's window: that must not be multiplied by the number of clients.
 _LARGE: Final = 256 << 10
 _LARGE_TURNS: Final = BoundedSemaphore(3)
+
+
+class _Everybody:
+    """What need not be waited for; contextlib.nullcontext would be a module more at every start."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *raised: object) -> None:
+        return
+
+
+_EVERYBODY: Final = _Everybody()
 
 
 def fill_zeros(view: memoryview) -> None:
@@ -63,9 +75,7 @@ class Clusters:
         self._size = 1 << cluster_bits
         self._codec = codec
         self._cache = cache
-        self._turn: AbstractContextManager[object] = (
-            nullcontext() if self._size < _LARGE else _LARGE_TURNS
-        )
+        self._turn = _EVERYBODY if self._size < _LARGE else _LARGE_TURNS
         # The descriptor's layout (spec: "Compressed Clusters Descriptor").
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1

@@ -6,13 +6,11 @@ them.  Metadata and compressed clusters are never encrypted (spec: "crypt_method
 
 from __future__ import annotations
 
-import importlib.util
-from typing import TYPE_CHECKING, NamedTuple
-
 from . import ondisk as q
 from .errors import ImageError, UsageError, shown
 from .header import Header
 from .storage import Storage
+from .typed import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .ciphers import SectorCipher
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
 
 def available() -> bool:
     """Whether what deciphers images is installed."""
+    import importlib.util
+
     return importlib.util.find_spec("cryptography") is not None
 
 

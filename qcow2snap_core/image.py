@@ -11,7 +11,6 @@ from collections.abc import Mapping as ReadOnly
 from collections.abc import Sequence
 from itertools import count
 from types import MappingProxyType, TracebackType
-from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from . import ondisk as q
@@ -28,6 +27,7 @@ from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
 from .storage import Storage, open_storage
+from .typed import Final, NamedTuple
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 

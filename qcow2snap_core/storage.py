@@ -12,17 +12,18 @@ pages of it may stay stale, so it is read with O_DIRECT as well, through aligned
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import stat
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
 from .pool import Pool
+from .typed import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    import mmap
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
@@ -218,8 +219,10 @@ class File:
             raise _failed(self.path, offset, end - offset, e) from e
 
     def will_need(self, offset: int, length: int) -> None:
-        with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
+        try:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # it was a hint: whoever needs the data will see the error
 
     def close(self) -> None:
         self._descriptor.close()
@@ -243,6 +246,8 @@ class BlockDevice:
         self.inode = inode(os.fstat(fd))
         self._descriptor = Descriptor(path, fd)
         self._fd = fd
+        import mmap
+
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 

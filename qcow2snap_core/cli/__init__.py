@@ -40,7 +40,8 @@ def command() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if none is given); returns the exit status."""
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(_needed(argv)).parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -64,14 +65,22 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _needed(argv: Sequence[str]) -> Sequence[str]:
+    """The commands whose modules a command line takes: to import all of them takes longer than
+    most commands, and only help and complaints are about all."""
+    if argv[:1] == ["--version"]:
+        return ()
+    return argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+
+
+def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",
     )
     parser.add_argument("--version", action="version", version=f"qcow2snap {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,

@@ -20,7 +20,8 @@ help:
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
-	@echo "                     and build/bench.svg"
+	@echo "                     and build/bench.svg; ROWS='plain luks/copy' chooses rows, ROUNDS=3 how often,"
+	@echo "                     ENGINES=native,python measures the plugin with both, side by side"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
 	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
@@ -52,9 +53,11 @@ check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 
 ROUNDS ?= 5
+ROWS ?=
+ENGINES ?= plugin
 bench:
 	@packaging/install-deps bench
-	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
+	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --engines $(ENGINES) --json build/bench.json $(ROWS)
 	$(PYTHON) benchmarks/chart.py build/bench.json build/bench.svg
 
 # One test at a time: each makes load enough for a machine.

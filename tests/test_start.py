@@ -68,7 +68,11 @@ def test_serving_a_plain_image_imports_no_more_than_it_uses(image: Path, choice:
     ("arguments", "there", "not_there"),
     [
         (["--version"], "qcow2snap_core.cli", {"qcow2snap_core.check", "construct", "subprocess"}),
-        (["list", "disk.qcow2"], "qcow2snap_core.space", {"qcow2snap_core.check", "construct"}),
+        (
+            ["list", "disk.qcow2"],
+            "qcow2snap_core.space",
+            {"qcow2snap_core.check", "construct", "ssl"},
+        ),
         (["map", "disk.qcow2", "nightly"], "qcow2snap_core.disk", {"construct", "subprocess"}),
         (["--help"], "qcow2snap_core.check", {"cryptography"}),
     ],

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from time import thread_time_ns
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from . import ondisk as q
 from .clusters import Clusters, fill_zeros
@@ -18,6 +17,7 @@ from .errors import Error, ImageError, StorageError, shown
 from .guard import Guard
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
 from .storage import Buffer, Storage
+from .typed import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from .raw import RawDisk

@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import time
 from threading import Lock
-from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
 from .storage import Storage
+from .typed import Final, Protocol
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.

@@ -17,12 +17,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .cache import BoundedCache
 from .errors import Error, ImageError
 from .storage import Storage
+from .typed import Final, NamedTuple
 
 # What a run is.
 UNALLOCATED: Final = 0  # not in this layer; the one below, if any, has it

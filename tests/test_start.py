@@ -15,8 +15,10 @@ from support.server import ROOT, command
 HEAVY = {
     "argparse",
     "construct",
+    "contextlib",
     "cryptography",
     "dataclasses",
+    "enum",
     "getpass",
     "hashlib",
     "importlib.util",
@@ -25,9 +27,11 @@ HEAVY = {
     "nbd",
     "numpy",
     "pathlib",
+    "re",
     "subprocess",
     "tempfile",
     "traceback",
+    "typing",
     "urllib.parse",
     "zstandard",
 }

@@ -22,13 +22,14 @@ docs/live.md has the whole argument.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Lock
 from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Proof, Snapshot, date, read_table_once
-from .storage import Storage
+from .storage import Pieces, Storage
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -40,8 +41,19 @@ _PAUSE: Final = 0.005
 _MISSING_FOR: Final = 4  # consistent tables in a row
 
 
+#: Is told what the file holds while the snapshot is there, or None when it has to be asked.
+Expect = Callable[[Pieces | None], object]
+
+
 class Guard(Protocol):
     """Tells whether what was just read may be returned."""
+
+    @property
+    def plain_fd(self) -> int | None:
+        """Where a native reader can compare; None where it cannot."""
+
+    def tell(self, expect: Expect) -> None:
+        """Keep a native reader informed, which then compares by itself."""
 
     def check(self) -> None:
         """Raises SnapshotGone, or ImageError when it cannot be told."""
@@ -49,6 +61,11 @@ class Guard(Protocol):
 
 class Unguarded:
     """For what has no snapshot to lose: the active disk of a backing file."""
+
+    plain_fd = 0  # nothing is read from there
+
+    def tell(self, expect: Expect) -> None:
+        expect(())
 
     def check(self) -> None:
         return
@@ -59,13 +76,24 @@ class SnapshotGuard:
 
     def __init__(self, storage: Storage, snapshot: Snapshot) -> None:
         self._storage = storage
+        self.plain_fd = storage.plain_fd
         self._identity = snapshot.identity
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
         self._proof: Proof | None = None
+        self._expect: Expect | None = None
         who = f"{escaped(snapshot.id)} {shown(snapshot.name)}"
         self._described = f"snapshot {who} of {date(snapshot)}"
+
+    def tell(self, expect: Expect) -> None:
+        self._expect = expect
+        self._believe(self._proof)
+
+    def _believe(self, proof: Proof | None) -> None:
+        self._proof = proof
+        if self._expect is not None:
+            self._expect(proof.pieces if proof is not None and proof.digest is None else None)
 
     def check(self) -> None:
         proof = self._proof
@@ -84,7 +112,7 @@ class SnapshotGuard:
                 table = read_table_once(self._storage, self._identity)
                 if not table.torn:
                     if table.proof is not None:
-                        self._proof = table.proof
+                        self._believe(table.proof)
                         return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
@@ -93,6 +121,7 @@ class SnapshotGuard:
                             f"{self._described} was deleted from {shown(self._storage.path)}: "
                             f"nothing of it can be read any more"
                         )
+                        self._believe(None)
                         continue
                     if damaged == _ATTEMPTS_DAMAGED:
                         break

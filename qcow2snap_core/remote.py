@@ -45,6 +45,8 @@ class _Connection(NamedTuple):
 class RemoteFile:
     """An NBD export.  Safe to use from several threads."""
 
+    plain_fd: int | None = None
+
     directory: str | None = None
 
     def __init__(self, uri: str) -> None:

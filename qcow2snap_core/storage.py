@@ -36,6 +36,7 @@ class Storage(Protocol):
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
     inode: tuple[int, int]  # which file it is, by whatever name
+    plain_fd: int | None  # a descriptor that is read like any file; None where that needs more
 
     def size(self) -> int:
         """The present size in bytes; a live image grows."""
@@ -134,6 +135,7 @@ class File:
         self.directory: str | None = os.path.dirname(real)
         self.inode = inode(os.fstat(fd))
         self._fd = fd
+        self.plain_fd: int | None = fd
 
     def size(self) -> int:
         return os.fstat(self._fd).st_size
@@ -219,6 +221,8 @@ _BOUNCE: Final = 1 << 20
 
 class BlockDevice:
     """A block device, read past the page cache."""
+
+    plain_fd: int | None = None
 
     def __init__(self, path: str, real: str, fd: int) -> None:
         self.path = path

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import Error, escaped, reason
+from ..native import ENGINE
 
 COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve")
 
@@ -62,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",
     )
-    parser.add_argument("--version", action="version", version=f"qcow2snap {__version__}")
+    engine = "no" if ENGINE is None else "yes"
+    version = f"qcow2snap {__version__} (native engine: {engine})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)

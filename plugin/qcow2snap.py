@@ -22,12 +22,17 @@ from qcow2snap_core.disk import Disk  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.malloc import share_heaps  # noqa: E402
+from qcow2snap_core.native import ENGINE, MISSING  # noqa: E402
 from qcow2snap_core.settings import Settings  # noqa: E402
 from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
 from qcow2snap_core.threadstate import KeptThreadState  # noqa: E402
 
 API_VERSION = 2
 
+# Requests of one connection in parallel need threads whose Python state can be kept, and an nbdkit
+# that survives a client which goes away with several in flight: 1.32 aborts, 1.42 does not, and
+# this function tells them apart.
+PARALLEL = ENGINE is not None and ENGINE.KEEPS_THREADS and hasattr(nbdkit, "peer_tls_dn")
 MOST_EXPORTS = 10_000  # nbdkit_add_export refuses more
 MAX_BLOCK = 0xFFFFFFFF  # "no maximum"
 MIN_PREFERRED = 4096
@@ -62,6 +67,7 @@ def _report():
 
 def dump_plugin():
     print(f"qcow2snap_version={__version__}")
+    print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
     for codec, there in {**codecs.available(), "luks": encryption.available()}.items():
         print(f"qcow2snap_{codec}={'yes' if there else 'no'}")
     sys.stdout.flush()
@@ -76,6 +82,8 @@ def config(key, value):
 def config_complete():
     global _image, _pinned
     share_heaps()
+    if MISSING:
+        print(f"qcow2snap: {MISSING}", file=sys.stderr)
     _image = _settings.open_image()
     if _image.header.dirty:
         why = "its refcounts may be wrong, its snapshots do not depend on them"
@@ -87,6 +95,8 @@ def config_complete():
 
 
 def thread_model():
+    if PARALLEL:
+        return nbdkit.THREAD_MODEL_PARALLEL
     # One request at a time per connection, on that connection's thread: see threadstate.py.
     return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
@@ -115,12 +125,13 @@ def default_export(readonly, is_tls):
 class Connection:
     """One client's open export."""
 
-    __slots__ = ("disk", "export", "kept")
+    __slots__ = ("disk", "export", "kept", "reader")
 
     def __init__(self, export: Export) -> None:
         self.export = export
         self.disk = _image.disk(export.snapshot, export.vm_state)
-        self.kept = KeptThreadState()
+        self.reader = self.disk.reader
+        self.kept = None if PARALLEL else KeptThreadState()
 
 
 @_reported
@@ -173,6 +184,10 @@ def pread(h, buf, offset, flags):
         raise
 
 
+if ENGINE is not None:
+    pread = ENGINE.callback(pread)  # asks h.reader first
+
+
 def extents(h, count, offset, flags):
     try:
         found = h.disk.extents(offset, count)
@@ -189,4 +204,5 @@ def cache(h, count, offset, flags):
 
 
 def close(h):
-    h.kept.release()
+    if h.kept is not None:
+        h.kept.release()

@@ -30,6 +30,7 @@ class BoundedCache(Generic[K, V]):
         self._overhead = overhead
         self.used = 0
         self._items: dict[K, V] = {}
+        self.items = self._items
         self._sizes: dict[K, int] = {}
         # Oldest first.  The dictionary has them in that order as well, but looks for its first item
         # behind all the places of those that were dropped.

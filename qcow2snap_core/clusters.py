@@ -15,6 +15,7 @@ from .cache import BoundedCache
 from .codecs import Codec
 from .encryption import Encryption
 from .errors import ImageError
+from .native import ENGINE
 from .storage import Buffer, Storage
 from .typed import Any, Final, TypeVar
 
@@ -80,6 +81,12 @@ class Clusters:
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1
         self._sectors_mask = (1 << cluster_bits - 8) - 1
+
+    def description(self) -> tuple[Any, ...] | None:
+        """What :mod:`.native` tells the engine of the data: a descriptor, the decoded clusters,
+        and how standard ones are encrypted; None where it cannot read that."""
+        fd = self._data.plain_fd
+        return None if fd is None else (fd, self._cache.items, False, None)
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
@@ -185,6 +192,13 @@ class EncryptedClusters(Clusters):
         """``parts`` as for :class:`Clusters`."""
         super().__init__(*parts)
         self._encryption = encryption
+
+    def description(self) -> tuple[Any, ...] | None:
+        cipher, by_guest_offset = self._encryption
+        fd = self._data.plain_fd
+        if fd is None or ENGINE is None or not isinstance(cipher, ENGINE.Cipher):
+            return None
+        return fd, self._cache.items, by_guest_offset, cipher
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         length, lead = len(buffer), host % q.SECTOR

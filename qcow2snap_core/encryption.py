@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import ondisk as q
 from .errors import ImageError, UsageError, shown
 from .header import Header
+from .native import make_cipher
 from .storage import Storage
 from .typed import TYPE_CHECKING, NamedTuple
 
@@ -50,7 +51,9 @@ def open_encryption(
         ) from e
     if header.crypt_method == q.CRYPT_AES:
         # The passphrase is the key, cut or padded to 128 bits: a wrong one cannot be told.
-        return Encryption(CbcSectors(passphrase[:16].ljust(16, b"\0"), Plain(64)), True)
+        aes_key = passphrase[:16].ljust(16, b"\0")
+        native = make_cipher("cbc", aes_key, 64)
+        return Encryption(native or CbcSectors(aes_key, Plain(64)), True)
     if header.crypto_area is None:
         raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
     offset, length = header.crypto_area

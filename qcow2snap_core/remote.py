@@ -45,6 +45,8 @@ class _Connection(NamedTuple):
 class RemoteFile:
     """An NBD export.  Safe to use from several threads."""
 
+    plain_fd: int | None = None
+
     directory: str | None = None
     trusted: str | None = None
 

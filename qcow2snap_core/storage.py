@@ -39,6 +39,7 @@ class Storage(Protocol):
     directory: str | None  # where the names in an image that lies here start from, if anywhere
     trusted: str | None  # the directory that they may lead to without being asked for, if any
     inode: tuple[int, int]  # which file it is, by whatever name
+    plain_fd: int | None  # a descriptor that is read like any file; None where that needs more
 
     def size(self) -> int:
         """The present size in bytes; a live image grows."""
@@ -147,6 +148,7 @@ class File:
         self.inode = inode(os.fstat(fd))
         self._descriptor = Descriptor(path, fd)
         self._fd = fd
+        self.plain_fd: int | None = fd
 
     def size(self) -> int:
         self._descriptor.check_open()
@@ -236,6 +238,8 @@ _BOUNCE: Final = 1 << 20
 
 class BlockDevice:
     """A block device, read past the page cache."""
+
+    plain_fd: int | None = None
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import Error, reason
 from ..interrupts import Interrupted, ending
+from ..native import ENGINE
 from .parser import Parser
 from .streams import OutputLost, failed, give_up_output, say, take
 
@@ -78,7 +79,9 @@ def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",
     )
-    parser.add_argument("--version", action="version", version=f"qcow2snap {__version__}")
+    engine = "no" if ENGINE is None else "yes"
+    version = f"qcow2snap {__version__} (native engine: {engine})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in names:
         module = importlib.import_module(f".{name}", __name__)

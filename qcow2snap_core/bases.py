@@ -65,8 +65,9 @@ def check_base(path: str, old: Disk, new: Disk) -> bool:
         unchanged = status.st_size in (old.size, new.size)
     else:
         if record.holds != wanted:
+            which = "but that of another disk" if says == str(wanted) else f"not {wanted}"
             raise UsageError(
-                f"{shown(path)} holds {says}, not {wanted}: give --since what it holds, or make "
+                f"{shown(path)} holds {says}, {which}: give --since what it holds, or make "
                 f"a full copy"
             )
         unchanged = record == record.of(status) and status.st_size == old.size

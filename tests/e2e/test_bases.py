@@ -143,7 +143,9 @@ def test_two_disks_of_one_machine_with_like_tables_are_told_apart(tmp_path: Path
         out = tmp_path / name / "out.raw"
         out.parent.mkdir()
         command.qcow2snap("copy", path, "one", out)
-        assert "holds snapshot 'one'" in refused(other, "one", "two", out)
+        line = refused(other, "one", "two", out)
+        assert "holds snapshot 'one' (ID 1, " in line
+        assert "), but that of another disk: " in line
 
 
 def grown(path: Path) -> None:

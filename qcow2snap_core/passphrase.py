@@ -12,8 +12,9 @@ import re
 import sys
 
 from .errors import UsageError, reason, shown
+from .interrupts import raising
 
-_LONGEST = 64 << 10  # of a line; a device that never ends must not fill the memory
+_LONGEST = 64 << 10  # bytes; a device that never ends must not fill the memory
 
 
 def read_passphrase(key: str, value: str) -> bytes:
@@ -24,15 +25,16 @@ def read_passphrase(key: str, value: str) -> bytes:
         return _from_file(key, value[1:])
     if value.startswith("-"):
         return _from_descriptor(key, value[1:])
-    return os.fsencode(value)
+    return _not_too_long(key, os.fsencode(value))
 
 
 def _ask(key: str) -> bytes:
     if not sys.stdin or not sys.stdin.isatty():
         raise UsageError(f"{key}=- asks on a terminal, there is none: use {key}=+FILE")
     try:
-        return os.fsencode(getpass.getpass("passphrase: "))
-    except (EOFError, KeyboardInterrupt):
+        with raising():
+            return os.fsencode(getpass.getpass("passphrase: "))
+    except EOFError:
         raise UsageError(f"{key}=-: no passphrase was entered") from None
 
 
@@ -54,7 +56,14 @@ def _from_descriptor(key: str, number: str) -> bytes:
 def _first_line(key: str, fd: int) -> bytes:
     try:
         with open(fd, "rb") as f:
-            line = f.readline(_LONGEST)
+            line = f.readline(_LONGEST + 1)
     except OSError as e:
         raise UsageError(f"{key}=: cannot read the passphrase: {reason(e)}") from e
-    return line.removesuffix(b"\n")
+    return _not_too_long(key, line.removesuffix(b"\n"))
+
+
+def _not_too_long(key: str, secret: bytes) -> bytes:
+    """A part of it would be another passphrase."""
+    if len(secret) > _LONGEST:
+        raise UsageError(f"{key}=: the passphrase is longer than 64 KiB: is it the right file?")
+    return secret

@@ -20,6 +20,7 @@ KEYS: Final = (
     "snapshot-id",
     "snapshot-name",
     "allow-dir",
+    "allow-file",
     "backing-format",
     "passphrase",
     "passphrase.N",
@@ -34,7 +35,7 @@ class Settings:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
-        self._allow_dirs: list[str] = []
+        self._allowed: dict[str, list[str]] = {"allow-dir": [], "allow-file": []}
         self._passphrases: dict[int, bytes] = {}
 
     def set(self, key: str, value: str) -> None:
@@ -43,14 +44,17 @@ class Settings:
         layer = re.fullmatch(r"passphrase(?:\.([1-9][0-9]{0,3}))?", key, re.ASCII)
         if layer is None and (key not in KEYS or key == "passphrase.N"):
             raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
-        if key == "allow-dir":
-            self._allow_dirs.append(_from_here(key, value))
+        if key in self._allowed:
+            self._allowed[key].append(_from_here(key, value))
             return
         if key in self._values:
             raise UsageError(f"{key}= is given twice: give it once")
         self._values[key] = "" if layer is not None else value
         if layer is not None:
-            self._passphrases[int(layer[1] or 0)] = read_passphrase(key, value)
+            try:
+                self._passphrases[int(layer[1] or 0)] = read_passphrase(key, value)
+            except KeyboardInterrupt:
+                raise UsageError(f"{key}=-: no passphrase was entered") from None
         elif key == "file":
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
@@ -72,7 +76,8 @@ class Settings:
         if "file" not in self._values:
             raise UsageError("no image is given: add file=disk.qcow2")
         options = Options(
-            allow_dirs=tuple(self._allow_dirs),
+            allow_dirs=tuple(self._allowed["allow-dir"]),
+            allow_files=tuple(self._allowed["allow-file"]),
             backing_format=self._values.get("backing-format"),
             passphrases=self._passphrases,
             l2_cache_size=self._sizes.get("l2-cache-size", Options().l2_cache_size),

@@ -115,6 +115,8 @@ def _many(seeds: Sequence[int], names: Sequence[str], jobs: int) -> int:
     try:
         for verdict in judged(seeds, names, jobs):
             done += 1
+            if sys.stderr.isatty():
+                print(f"{done} of {len(seeds)}", end="\r", file=sys.stderr)
             counted.update(verdict.counted)
             wrong += bool(verdict.wrong)
             for line in verdict.wrong:

@@ -60,7 +60,7 @@ class Layer:
 
 def random_layers(rng: random.Random) -> list[Layer]:
     """One to four of them."""
-    depth = rng.choices((1, 2, 3, 4), (50, 28, 14, 8))[0]
+    depth = rng.choices((1, 2, 3, 4), (42, 28, 20, 10))[0]
     layers: list[Layer] = []
     size = 0
     for number in range(depth):

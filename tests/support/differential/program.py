@@ -94,7 +94,7 @@ class _Generator:
         for number in reversed(range(len(self.layers))):
             chain = self.layers[number:]
             self._create(chain)
-            rounds = rng.randrange(2, 5) if number == 0 else rng.randrange(2)
+            rounds = rng.randrange(1, 5) if number == 0 else rng.randrange(2)
             for _ in range(rounds):
                 self._change(chain, top=number == 0)
                 self._snapshot(chain)
@@ -289,7 +289,8 @@ class _Generator:
         return f"{start} {min(length, self.size - start)}"
 
     def _new_name(self) -> str:
-        return self.rng.choice((f"s{len(self.steps)}",) * 8 + _NAMES)
+        number = len(self.steps)
+        return self.rng.choice((f"s{number}",) * 8 + (f"{'long' * 50}{number}",) * 2 + _NAMES)
 
     def _img(self, chain: Sequence[Layer], *command: str) -> Iterator[str]:
         """qemu-img snapshot, which knows no -f."""

@@ -35,8 +35,8 @@ from support.differential.seeds import COMPARISONS, Verdict, judge, run, smalles
 
 
 def _parent() -> Path:
-    """A filesystem that tells the holes of a raw file at once: ext4 calls what it has not placed yet
-    data, and us and QEMU are not asked at the same moment."""
+    """A filesystem that tells the holes of a raw file at once: for ext4 what it has not placed yet
+    is data, and QEMU is not asked at the same moment as we are."""
     memory = Path("/dev/shm")
     if "TMPDIR" not in os.environ and os.access(memory, os.W_OK):
         return memory

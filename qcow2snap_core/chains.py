@@ -90,7 +90,7 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
             for part in parts:
                 path = os.path.join(temporary, part.name + ENDING)
                 _create(image, path, part.size, backing)
-                _write(part, path, advance)
+                _write(part, path, advance, _home(image))
                 backing = _relative(part.name + ENDING), "qcow2"
         check_quiet(image.files)
         if verify:
@@ -249,11 +249,19 @@ def _create(like: Image, path: str, size: int, backing: tuple[str, str] | None) 
     if like.header.extended_l2:
         options += ",extended_l2=on"
     below = [] if backing is None else ["-b", backing[0], "-F", backing[1]]
-    qemu_img("create", "-q", "-f", "qcow2", "-o", options, *below, path, str(size))
+    line = ["create", "-q", "-f", "qcow2", "-o", options, *below, path, str(size)]
+    qemu_img(*line, directory=_home(like))
 
 
-def _write(part: Part, path: str, advance: Advance, grown_from: int | None = None) -> None:
-    with writable(path) as target:
+def _home(image: Image) -> str:
+    """The directory of the image, in which its layers' external data files are looked for."""
+    return os.path.dirname(os.path.realpath(image.path))
+
+
+def _write(
+    part: Part, path: str, advance: Advance, home: str = "/", grown_from: int | None = None
+) -> None:
+    with writable(path, home) as target:
         if grown_from is not None and grown_from < part.size:
             # A larger layer was there before a smaller one: its bytes behind the smaller one's
             # end are still in the last cluster.

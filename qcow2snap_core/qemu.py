@@ -15,14 +15,23 @@ from .targets import NbdTarget
 from .transfer import THREADS
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"
+_DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"
 
 
-def qemu_img(*arguments: str) -> None:
-    """Run qemu-img.  Raises StorageError with what it says, UsageError when it is missing."""
+def qemu_img(*arguments: str, directory: str | None = None) -> None:
+    """Run qemu-img, in that directory: QEMU takes the relative name of an external data file from
+    where it runs, and not from where the image is.
+
+    Raises StorageError with what it says, UsageError when it is missing.
+    """
     check()
     try:
         done = subprocess.run(
-            ["qemu-img", *arguments], capture_output=True, stdin=subprocess.DEVNULL, check=False
+            ["qemu-img", *arguments],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            cwd=directory,
         )
     except FileNotFoundError:
         raise _missing("qemu-img") from None
@@ -31,14 +40,15 @@ def qemu_img(*arguments: str) -> None:
 
 
 @contextmanager
-def writable(path: str) -> Iterator[NbdTarget]:
-    """A qcow2 file as something to write to, through a qemu-nbd that ends with the block.
+def writable(path: str, directory: str = "/") -> Iterator[NbdTarget]:
+    """The qcow2 file of an absolute path as something to write to, through a qemu-nbd that runs in
+    that directory, as :func:`qemu_img` does, and ends with the block.
 
     It ends with its last connection, so it does not outlive a process that was killed either.
     """
     with tempfile.TemporaryFile() as said:
         try:
-            target = NbdTarget(path, lambda handle: _start(handle, path, said), THREADS)
+            target = NbdTarget(path, lambda handle: _start(handle, path, directory, said), THREADS)
         except UsageError as e:
             raise UsageError(_first_line(_content(said)) or str(e)) from e
         try:
@@ -47,16 +57,18 @@ def writable(path: str) -> Iterator[NbdTarget]:
             target.close()
 
 
-def _start(handle: Any, path: str, said: IO[bytes]) -> None:
+def _start(handle: Any, path: str, directory: str, said: IO[bytes]) -> None:
     # libnbd starts it with our own standard error; the shell gives it another.  Should we be
     # killed before anything is connected, the kernel ends it, or the shell never starts it;
     # not with SIGTERM, which qemu-nbd forgets while it starts.
     # The path goes through the environment, since libnbd takes arguments in UTF-8 only.
     us = os.getpid()
-    shell = f'[ $PPID = {us} ] && exec qemu-nbd "$@" "${_IMAGE}" 2>/proc/{us}/fd/{said.fileno()}'
+    shell = f'[ $PPID = {us} ] && cd "${_DIRECTORY}" && exec qemu-nbd "$@" "${_IMAGE}"'
+    shell += f" 2>/proc/{us}/fd/{said.fileno()}"
     starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
     options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
     os.environ[_IMAGE] = path
+    os.environ[_DIRECTORY] = directory
     handle.connect_systemd_socket_activation([*starter, *options])
 
 

@@ -180,6 +180,21 @@ def test_without_room_nothing_is_begun(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["data", "disk.qcow2"]
 
 
+def test_a_layer_below_whose_data_file_has_a_relative_name(tmp_path: Path) -> None:
+    """QEMU looks for it where it runs; the command runs elsewhere."""
+    run = {"cwd": tmp_path}
+    options = "data_file=base.data,data_file_raw=off"
+    qemu.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "base", 4 * MiB, **run)
+    qemu.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 2M", "base", **run)
+    below = ["-b", "base", "-F", "qcow2"]
+    qemu.run("qemu-img", "create", "-q", "-f", "qcow2", *below, "disk", **run)
+    qemu.run("qemu-img", "snapshot", "-c", "one", "disk", **run)
+    qemu.run("qemu-io", "-f", "qcow2", "-c", "write -P 2 1M 64k", "disk", **run)
+    command.qcow2snap("split", tmp_path / "disk", tmp_path / "chain")
+    top = tmp_path / "chain" / "active.qcow2"
+    qemu.run("qemu-img", "compare", "-q", "disk", top, **run)
+
+
 def test_out_must_not_be_a_layer(tmp_path: Path) -> None:
     qemu.create(tmp_path / "base.qcow2", SIZE)
     top = qemu.create(tmp_path / "top.qcow2", SIZE, backing=("base.qcow2", "qcow2"))

@@ -28,7 +28,7 @@ from typing import Final, Protocol
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Proof, Snapshot, date, read_table_once
-from .storage import Storage
+from .storage import Storage, check_open
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -50,8 +50,11 @@ class Guard(Protocol):
 class Unguarded:
     """For what has no snapshot to lose: the active disk of a backing file."""
 
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
     def check(self) -> None:
-        return
+        check_open(self._storage)
 
 
 class SnapshotGuard:

@@ -26,7 +26,7 @@ from .libnbd import is_uri
 from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
-from .storage import Storage, open_storage
+from .storage import Storage, check_open, open_storage
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
@@ -139,13 +139,15 @@ class Image:
 
         Raises ImageError when the active L1 table is damaged.
         """
+        check_open(self.storage)
         h = self.header
         what = shown(self.path)
         self._check_l1(h.l1_table_offset, h.l1_size, what)
         if h.size > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
-        return Disk(what, h.size, mapping, self._clusters, guard or Unguarded(), self._below)
+        guard = guard or Unguarded(self.storage)
+        return Disk(what, h.size, mapping, self._clusters, guard, self._below)
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length) of the compressed cluster that an L2 entry describes."""
@@ -156,6 +158,7 @@ class Image:
     @property
     def files(self) -> tuple[Storage, ...]:
         """Every file that is open for it: its own, the layers' below, their data files."""
+        check_open(self.storage)
         return tuple(self._shared.storages)
 
     @property
@@ -180,12 +183,14 @@ class Image:
         return self._shared.encrypted
 
     def close(self) -> None:
-        """Close the files; disks of it must not be used any more."""
+        """Close the files.  What reads them now still gets what it asked for; from then on all
+        that would have to read raises ValueError, also of the disks that were opened before."""
         for storage in self._shared.storages:
             storage.close()
         self._shared.storages.clear()
 
     def __enter__(self) -> Image:
+        check_open(self.storage)
         return self
 
     def __exit__(

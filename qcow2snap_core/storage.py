@@ -8,6 +8,11 @@ touched, and nobody can exchange the file between the check and the open.
 A regular file is read through the page cache, which QEMU's own writes keep coherent in every
 cache mode.  A block device is not: when QEMU writes it with O_DIRECT, another process's cached
 pages of it may stay stale, so it is read with O_DIRECT as well, through aligned buffers.
+
+A number of a descriptor that was closed is the next file's.  So a file that is closed while others
+may still read it puts another descriptor under its number, one that refuses them with EBADF, which
+is a ValueError here; a read that is under way ends as it would have.  The number itself is given
+back when nobody has the object any more.  That costs a read nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ import errno
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
@@ -30,8 +37,10 @@ Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
 
 
 class Storage(Protocol):
-    """Something with bytes at host offsets."""
+    """Something with bytes at host offsets.  Once it is closed, all that asks for them raises
+    ValueError."""
 
+    closed: bool
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
@@ -125,18 +134,39 @@ def _kind_name(mode: int) -> str:
 _MAX_OFFSET: Final = 2**63 - 1
 
 
-class File:
-    """A regular file."""
+class _Local:
+    """A descriptor, and how it is closed."""
 
     def __init__(self, path: str, real: str, fd: int) -> None:
+        """Owns the descriptor."""
+        weakref.finalize(self, os.close, fd)
+        self._fd = fd
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
         self.inode = inode(os.fstat(fd))
-        self._fd = fd
+        self.closed = False
+        _refusing()  # now, since there may be no descriptor left when it is needed
+
+    def close(self) -> None:
+        self.closed = True
+        os.dup2(_refusing(), self._fd, inheritable=False)
+
+
+@cache
+def _refusing() -> int:
+    """A descriptor that nothing can be read from."""
+    return os.open("/", os.O_PATH | os.O_CLOEXEC)
+
+
+class File(_Local):
+    """A regular file."""
 
     def size(self) -> int:
-        return os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):  # the one call that the other descriptor answers
+            raise closed(self.path)
+        return status.st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
         if offset > _MAX_OFFSET - len(buffer):
@@ -207,9 +237,6 @@ class File:
         with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def close(self) -> None:
-        os.close(self._fd)
-
 
 # O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
 # 512 or 4096.
@@ -217,15 +244,11 @@ _ALIGN: Final = 4096
 _BOUNCE: Final = 1 << 20
 
 
-class BlockDevice:
+class BlockDevice(_Local):
     """A block device, read past the page cache."""
 
     def __init__(self, path: str, real: str, fd: int) -> None:
-        self.path = path
-        self.absolute = from_here(path)
-        self.directory: str | None = os.path.dirname(real)
-        self.inode = inode(os.fstat(fd))
-        self._fd = fd
+        super().__init__(path, real, fd)
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
@@ -276,11 +299,21 @@ class BlockDevice:
     def will_need(self, offset: int, length: int) -> None:
         """Nothing: what the kernel would fetch goes where this class does not look."""
 
-    def close(self) -> None:
-        os.close(self._fd)
+
+def check_open(storage: Storage) -> None:
+    """Raises ValueError when it was closed."""
+    if storage.closed:
+        raise closed(storage.path)
 
 
-def _failed(path: str, offset: int, length: int, e: OSError) -> Error:
+def closed(path: str) -> ValueError:
+    """What Python's own files raise."""
+    return ValueError(f"I/O operation on closed file {shown(path)}")
+
+
+def _failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
+    if e.errno == errno.EBADF:
+        return closed(path)
     return StorageError(
         f"reading {length} bytes of {shown(path)} at host offset {offset:#x} failed: {reason(e)}"
     )

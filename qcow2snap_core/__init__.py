@@ -14,7 +14,14 @@ The whole of it is in docs/library.md.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+
+# As python3 -m qcow2snap_core, which imports this first: Ctrl-C is not to end in a traceback.
+if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
+    from .interrupts import default
+
+    default()
 
 from .disk import Disk, Extent
 from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError

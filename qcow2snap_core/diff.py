@@ -37,8 +37,12 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
 
 def _changes(old: Disk, new: Disk) -> Iterator[Extent]:
     common = min(old.size, new.size)
-    for offset, length in _candidates(old.mapping, new.mapping, common):
+    tables = max(old.mapping.l1_covers, new.mapping.l1_covers)
+    told = min(common, old.reach, new.reach, tables)
+    for offset, length in _candidates(old.mapping, new.mapping, told):
         yield from _compare(old, new, offset, length)
+    if told < common:  # past both tables, or past one that should not end there
+        yield from _compare(old, new, told, common - told)
     for piece in new.pieces(common, new.size - common):
         yield Extent(*piece[:3])
 

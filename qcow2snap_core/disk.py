@@ -21,6 +21,7 @@ from .storage import Buffer, Storage, check_open
 
 if TYPE_CHECKING:
     from .raw import RawDisk
+    from .snapshots import Identity
 
 # Extent types, with the numbers of NBD's base:allocation.
 ALLOCATED: Final = 0
@@ -153,6 +154,11 @@ class Disk:
         """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
         return self._mapping
 
+    @property
+    def identity(self) -> Identity | None:
+        """What makes the snapshot this one; None for an active disk."""
+        return self._guard.identity
+
     def check(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
         self._guard.check()
@@ -171,6 +177,12 @@ class Disk:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
         cells = self.cells(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
         yield from merged(Extent(*cell[:3]) for cell in checked(cells, self))
+
+    @property
+    def reach(self) -> int:
+        """How many of its bytes, from the first on, its L1 table covers; the others are lost."""
+        reach = self._mapping.reach
+        return self.size if reach is None else max(0, min(self.size, reach - self._base))
 
     @property
     def below(self) -> Layer | None:

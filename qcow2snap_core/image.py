@@ -8,6 +8,7 @@ they are asked for, so that an image which a running QEMU has open shows the one
 from __future__ import annotations
 
 from collections.abc import Mapping as ReadOnly
+from collections.abc import Sequence
 from itertools import count
 from types import MappingProxyType, TracebackType
 from typing import Final, NamedTuple
@@ -104,26 +105,37 @@ class Image:
         """
         return self.disk(choose(self.table(), Choice(name), self.path))
 
-    def disk(self, snapshot: Snapshot, vm_state: bool = False) -> Disk:
+    def guard(self, snapshots: Sequence[Snapshot]) -> Guard:
+        """One for them all, for who reads the tables of many: it looks at the snapshot table once,
+        where a guard for each would look as often as there are snapshots."""
+        return SnapshotGuard(self.storage, *snapshots)
+
+    def disk(self, snapshot: Snapshot, vm_state: bool = False, guard: Guard | None = None) -> Disk:
         """The disk of a snapshot, or its saved VM state.
 
-        All who have it open share it.  Raises ImageError when it is damaged or already gone.
+        All who have it open share it, but for who brings a guard, which is asked when something
+        was read and not before.  Raises ImageError when it is damaged or already gone.
         """
+        if guard is not None:
+            return self._open_disk(snapshot, vm_state, guard)
         key = (snapshot.identity, vm_state)
         disk = self._disks.get(key)
         if disk is None:
-            disk = self._disks[key] = self._open_disk(snapshot, vm_state)
+            guard = SnapshotGuard(self.storage, snapshot)
+            disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
         disk.check()
         return disk
 
-    def _open_disk(self, snapshot: Snapshot, vm_state: bool) -> Disk:
+    def _open_disk(self, snapshot: Snapshot, vm_state: bool, guard: Guard) -> Disk:
         what = f"snapshot {shown(snapshot.name)} (ID {escaped(snapshot.id)}) of {shown(self.path)}"
         size = snapshot.disk_size
         self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
         if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {size} bytes is impossible")
-        guard = SnapshotGuard(self.storage, snapshot)
-        mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size)
+        # What the active disk has grown by since is not in the L1 table of an old entry, which
+        # goes by that disk's size.
+        grown = not vm_state and not snapshot.records_size
+        mapping = self._mapping(snapshot.l1_table_offset, snapshot.l1_size, grown)
         if not vm_state:
             return Disk(what, size, mapping, self._clusters, guard, self._below)
         # QEMU: qcow2_vm_state_offset.  No layer below has a part in it.
@@ -146,8 +158,9 @@ class Image:
         if h.size > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
-        guard = guard or Unguarded(self.storage)
-        return Disk(what, h.size, mapping, self._clusters, guard, self._below)
+        return Disk(
+            what, h.size, mapping, self._clusters, guard or Unguarded(self.storage), self._below
+        )
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length) of the compressed cluster that an L2 entry describes."""
@@ -183,11 +196,10 @@ class Image:
         return self._shared.encrypted
 
     def close(self) -> None:
-        """Close the files.  What reads them now still gets what it asked for; from then on all
-        that would have to read raises ValueError, also of the disks that were opened before."""
+        """Close the files.  Whatever is asked of the image or of its disks from now on raises
+        ValueError; what another thread is just reading ends as it would have, or so."""
         for storage in self._shared.storages:
             storage.close()
-        self._shared.storages.clear()
 
     def __enter__(self) -> Image:
         check_open(self.storage)
@@ -198,7 +210,7 @@ class Image:
     ) -> None:
         self.close()
 
-    def _mapping(self, l1_table_offset: int, l1_size: int) -> Mapping:
+    def _mapping(self, l1_table_offset: int, l1_size: int, open_ended: bool = False) -> Mapping:
         shared = self._shared
         return Mapping.of(self._geometry)(
             self.storage,
@@ -207,6 +219,7 @@ class Image:
             l1_size,
             shared.tables,
             next(shared.tokens),
+            open_ended,
         )
 
     def _check_l1(self, offset: int, entries: int, what: str) -> None:

@@ -80,14 +80,18 @@ class Mapping:
         l1_size: int,
         cache: TableCache,
         token: int,
+        open_ended: bool = False,
     ) -> None:
         """``token`` tells this mapping's slices in the shared cache from all others'; a cluster
-        that was freed may hold another snapshot's table, so the host offset would not."""
+        that was freed may hold another snapshot's table, so the host offset would not.
+        ``open_ended``: past the L1 table nothing is allocated.  Otherwise who looks there gets an
+        error, since QEMU makes every L1 table as large as its disk needs (size_to_l1)."""
         bits = geometry.cluster_bits
         self.cluster_size = 1 << bits
         self._storage = storage
         self._l1_table_offset = l1_table_offset
         self._l1_size = l1_size
+        self._open_ended = open_ended
         self._cache = cache
         self.token = token
         self._bits = bits
@@ -210,8 +214,18 @@ class Mapping:
         """Entries of the L1 table."""
         return self._l1_size
 
+    @property
+    def l1_covers(self) -> int:
+        """The first guest offset that the L1 table says nothing of."""
+        return self._l1_size * self.bytes_per_l1_entry
+
+    @property
+    def reach(self) -> int | None:
+        """The first guest offset of which nothing can be told; None if there is none."""
+        return None if self._open_ended else self.l1_covers
+
     def l1_entries(self, first: int, count: int) -> Slice[int]:
-        """L1 entries as they stand; zeros past the table's end, where nothing is allocated."""
+        """L1 entries as they stand; zeros past the table's end, whether or not that is damage."""
         have = max(0, min(count, self._l1_size - first))
         offset = self._l1_table_offset + first * q.L1_ENTRY_SIZE
         raw = bytearray(self._storage.read(have * q.L1_ENTRY_SIZE, offset) if have else b"")
@@ -258,6 +272,10 @@ class Mapping:
         """Past what the slice holds: all of it when there is no L2 table, and more when there is
         none for what follows either, or a disk of exabytes would take hours to walk."""
         if table is _BEYOND:
+            if not self._open_ended:
+                raise ImageError(
+                    f"its L1 table of {self._l1_size} entries covers only {self.l1_covers} bytes"
+                )
             return UNALLOCATED, 0, length
         if table is _ABSENT:
             first = offset // self.bytes_per_l1_entry

@@ -155,6 +155,7 @@ OFLAG_ZERO: Final = 1 << 0
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  # bits 9 to 55 of an L1 or standard L2 entry
 
 L1_ENTRY_SIZE: Final = 8
+L2_ENTRY_SIZE: Final = 8  # an extended one is twice as long
 SUBCLUSTERS: Final = 32  # per cluster, with extended L2 entries
 
 SECTOR: Final = 512

@@ -12,6 +12,7 @@ import re
 import sys
 
 from .errors import UsageError, reason, shown
+from .interrupts import raising
 
 _LONGEST = 64 << 10  # bytes; a device that never ends must not fill the memory
 
@@ -31,8 +32,9 @@ def _ask(key: str) -> bytes:
     if not sys.stdin or not sys.stdin.isatty():
         raise UsageError(f"{key}=- asks on a terminal, there is none: use {key}=+FILE")
     try:
-        return os.fsencode(getpass.getpass("passphrase: "))
-    except (EOFError, KeyboardInterrupt):
+        with raising():
+            return os.fsencode(getpass.getpass("passphrase: "))
+    except EOFError:
         raise UsageError(f"{key}=-: no passphrase was entered") from None
 
 

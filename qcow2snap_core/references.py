@@ -35,8 +35,10 @@ class Policy:
         def permit(real: str) -> None:
             own = () if image.directory is None else (image.directory,)
             if not any(_lies_in(real, directory) for directory in (*own, *self._allowed)):
+                which = f"{shown(name)}, which leads to {shown(real)},"
                 raise UsageError(
-                    f"{shown(real)} lies outside the directory of the image that names it: "
+                    f"{shown(real) if os.fsdecode(name) == real else which} lies outside the "
+                    f"directory of the image that names it: "
                     f"add allow-dir={escaped(os.path.dirname(real))} if you trust it"
                 )
 

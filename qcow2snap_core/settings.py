@@ -50,7 +50,10 @@ class Settings:
             raise UsageError(f"{key}= is given twice: give it once")
         self._values[key] = "" if layer is not None else value
         if layer is not None:
-            self._passphrases[int(layer[1] or 0)] = read_passphrase(key, value)
+            try:
+                self._passphrases[int(layer[1] or 0)] = read_passphrase(key, value)
+            except KeyboardInterrupt:
+                raise UsageError(f"{key}=-: no passphrase was entered") from None
         elif key == "file":
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:

@@ -66,6 +66,12 @@ class Snapshot(NamedTuple):
             self.l1_size,
         )
 
+    @property
+    def records_size(self) -> bool:
+        """Whether the entry itself says how large the disk is, as those of old QEMUs do not."""
+        known: int = q.EXTRA_DISK_SIZE.stop
+        return self.extra_data_size >= known
+
 
 _PIECE: Final = 64 << 10  # of a table: its length is nowhere written
 _KEPT_WHOLE: Final = 16 << 10  # a longer start of a table is known by its hash
@@ -100,7 +106,7 @@ class Table(NamedTuple):
     torn: bool = False  # the header changed meanwhile: do not believe it
     note: str = ""  # why there are none
     fields: bytes = b""  # that led to it
-    proof: Proof | None = None  # of the one that was looked for
+    proof: Proof | None = None  # of those that were looked for, if all are there
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -128,10 +134,10 @@ def read_table(storage: Storage, known: tuple[bytes, str | None] | None = None) 
     return table
 
 
-def read_table_once(storage: Storage, wanted: Identity | None = None) -> Table:
+def read_table_once(storage: Storage, wanted: frozenset[Identity] | None = None) -> Table:
     """One try; the caller looks at ``torn`` and ``damage``.
 
-    With a wanted snapshot the table goes no further than that one and has no other.
+    With wanted snapshots the table has no others and goes no further than the last of them.
     """
     before = read_fields(storage)
     table = _parse(storage, before, wanted)
@@ -143,7 +149,7 @@ def read_fields(storage: Storage) -> bytes:
     return storage.read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET)
 
 
-def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
+def _parse(storage: Storage, fields: bytes, wanted: frozenset[Identity] | None) -> Table:
     """The entries that can be parsed, and what is wrong with the next one."""
     if len(fields) < q.SNAPSHOT_FIELDS_LENGTH:
         return Table((), "the file ends inside the header")
@@ -161,6 +167,7 @@ def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
         return Table((), f"its offset {offset:#x} lies past the end of the file")
     reader = _Reader(storage, offset, int.from_bytes(active[4:], "big"))
     found: list[Snapshot] = []
+    missing = set(wanted or ())
     for number in range(count):
         try:
             snapshot = reader.entry()
@@ -168,8 +175,11 @@ def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
             return Table(tuple(found), f"entry {number + 1} of {count} {e}")
         if wanted is None:
             found.append(snapshot)
-        elif snapshot.identity == wanted:
-            return Table((snapshot,), None, proof=reader.proof(fields))
+        elif snapshot.identity in missing:
+            found.append(snapshot)
+            missing.remove(snapshot.identity)
+            if not missing:
+                return Table(tuple(found), None, proof=reader.proof(fields))
     return Table(tuple(found), None)
 
 

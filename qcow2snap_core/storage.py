@@ -8,11 +8,6 @@ touched, and nobody can exchange the file between the check and the open.
 A regular file is read through the page cache, which QEMU's own writes keep coherent in every
 cache mode.  A block device is not: when QEMU writes it with O_DIRECT, another process's cached
 pages of it may stay stale, so it is read with O_DIRECT as well, through aligned buffers.
-
-A number of a descriptor that was closed is the next file's.  So a file that is closed while others
-may still read it puts another descriptor under its number, one that refuses them with EBADF, which
-is a ValueError here; a read that is under way ends as it would have.  The number itself is given
-back when nobody has the object any more.  That costs a read nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +32,7 @@ Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
 
 
 class Storage(Protocol):
-    """Something with bytes at host offsets.  Once it is closed, all that asks for them raises
-    ValueError."""
+    """Something with bytes at host offsets."""
 
     closed: bool
     path: str  # as an error line should name it
@@ -67,7 +61,8 @@ class Storage(Protocol):
     def will_need(self, offset: int, length: int) -> None:
         """Start to fetch the range, without waiting for it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Whatever is asked of it from now on raises ValueError, in every thread."""
 
 
 def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
@@ -134,37 +129,21 @@ def _kind_name(mode: int) -> str:
 _MAX_OFFSET: Final = 2**63 - 1
 
 
-class _Local:
-    """A descriptor, and how it is closed."""
+class File:
+    """A regular file."""
 
     def __init__(self, path: str, real: str, fd: int) -> None:
-        """Owns the descriptor."""
-        weakref.finalize(self, os.close, fd)
-        self._fd = fd
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
         self.inode = inode(os.fstat(fd))
         self.closed = False
-        _refusing()  # now, since there may be no descriptor left when it is needed
-
-    def close(self) -> None:
-        self.closed = True
-        os.dup2(_refusing(), self._fd, inheritable=False)
-
-
-@cache
-def _refusing() -> int:
-    """A descriptor that nothing can be read from."""
-    return os.open("/", os.O_PATH | os.O_CLOEXEC)
-
-
-class File(_Local):
-    """A regular file."""
+        self._descriptor = Descriptor(fd)
+        self._fd = fd
 
     def size(self) -> int:
         status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):  # the one call that the other descriptor answers
+        if not stat.S_ISREG(status.st_mode):  # the one call that a closed descriptor answers
             raise closed(self.path)
         return status.st_size
 
@@ -237,6 +216,10 @@ class File(_Local):
         with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def close(self) -> None:
+        self.closed = True
+        self._descriptor.close()
+
 
 # O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
 # 512 or 4096.
@@ -244,11 +227,17 @@ _ALIGN: Final = 4096
 _BOUNCE: Final = 1 << 20
 
 
-class BlockDevice(_Local):
+class BlockDevice:
     """A block device, read past the page cache."""
 
     def __init__(self, path: str, real: str, fd: int) -> None:
-        super().__init__(path, real, fd)
+        self.path = path
+        self.absolute = from_here(path)
+        self.directory: str | None = os.path.dirname(real)
+        self.inode = inode(os.fstat(fd))
+        self.closed = False
+        self._descriptor = Descriptor(fd)
+        self._fd = fd
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
@@ -299,20 +288,49 @@ class BlockDevice(_Local):
     def will_need(self, offset: int, length: int) -> None:
         """Nothing: what the kernel would fetch goes where this class does not look."""
 
+    def close(self) -> None:
+        self.closed = True
+        self._descriptor.close()
+
+
+class Descriptor:
+    """An open file's number, which nobody else gets while somebody may still read by it.
+
+    The system gives the number of a closed descriptor to the next file that is opened, so a read
+    that comes late, or is just on its way in another thread, would return that file's bytes.  A
+    closed one is therefore replaced by one that can neither be read nor positioned (EBADF), and
+    given back when what read from it is gone: no read has to ask or to count.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Owns the descriptor."""
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
+        _unreadable()  # now, since at the limit of open files there is none when it is needed
+
+    def close(self) -> None:
+        """From now on every read fails; harmless when called again."""
+        os.dup2(_unreadable(), self._fd, inheritable=False)
+
+
+@cache
+def _unreadable() -> int:
+    return os.open("/", os.O_PATH | os.O_CLOEXEC)
+
 
 def check_open(storage: Storage) -> None:
-    """Raises ValueError when it was closed."""
+    """Raises ValueError once it is closed."""
     if storage.closed:
         raise closed(storage.path)
 
 
 def closed(path: str) -> ValueError:
-    """What Python's own files raise."""
-    return ValueError(f"I/O operation on closed file {shown(path)}")
+    """What every use of a closed file raises, as Python's own files do."""
+    return ValueError(f"I/O operation on closed image {shown(path)}")
 
 
 def _failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
-    if e.errno == errno.EBADF:
+    if e.errno == errno.EBADF:  # descriptors are made here, and replaced by close alone
         return closed(path)
     return StorageError(
         f"reading {length} bytes of {shown(path)} at host offset {offset:#x} failed: {reason(e)}"

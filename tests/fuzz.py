@@ -82,7 +82,7 @@ def table(data: bytes) -> None:
     found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
     assert not found.torn
     for s in found.snapshots[:3]:
-        again = snapshots.read_table_once(storage, s.identity)  # type: ignore[arg-type]
+        again = snapshots.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
         assert again.proof is not None
         assert again.proof.holds(storage)  # type: ignore[arg-type]
 

@@ -21,14 +21,18 @@ from support.tables import Entry, write_table
 
 from qcow2snap_core import ondisk as q
 from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.check import check
 from qcow2snap_core.clusters import EncryptedClusters
 from qcow2snap_core.codecs import Zlib, Zstd
+from qcow2snap_core.diff import changes
 from qcow2snap_core.encryption import Encryption
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.exports import exports_of
 from qcow2snap_core.guard import SnapshotGuard
-from qcow2snap_core.image import Options, open_image
+from qcow2snap_core.image import Image, Options, open_image
+from qcow2snap_core.sharing import picture
 from qcow2snap_core.snapshots import Snapshot, read_table
+from qcow2snap_core.space import exclusive_sizes
 
 ALLOWED = 64 * MiB
 
@@ -52,7 +56,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 def fill_table(path: Path, count: int, name: Callable[[int], bytes], extra: bytes = b"") -> None:
-    real = qemu.snapshots(path)["real"]
+    real = next(iter(qemu.snapshots(path).values()))
     place = real.l1_table_offset, real.l1_size
     write_table(path, [Entry(b"%d" % n, name(n), *place, extra=extra) for n in range(count)])
 
@@ -134,6 +138,25 @@ def count_reads(storage: object) -> list[int]:
     return offsets
 
 
+ASKED_OF_ALL: dict[str, Callable[[Image], object]] = {
+    "list": lambda image: exclusive_sizes(image, image.snapshots),
+    "list --tree": lambda image: picture(image, image.snapshots, 70),
+    "check": check,
+}
+
+
+@pytest.mark.parametrize("kind", ASKED_OF_ALL)
+def test_the_table_is_not_read_again_for_each_of_its_snapshots(disk: Path, kind: str) -> None:
+    looks = []
+    for count in (10, 1000):
+        fill_table(disk, count, lambda n: b"nightly-%d" % n, EXTRA)
+        with open_image(str(disk)) as image:
+            offsets = count_reads(image.storage)
+            ASKED_OF_ALL[kind](image)
+        looks.append(offsets.count(q.SNAPSHOT_FIELDS_OFFSET))
+    assert looks[0] == looks[1]
+
+
 # --- The work of one request ---
 
 
@@ -190,15 +213,31 @@ def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) 
 
 
 def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
+    """Of a snapshot that goes by the active disk's size: past its L1 table there is nothing."""
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    s = qemu.snapshots(path)["s"]
+    write_table(path, [Entry(b"1", b"s", s.l1_table_offset, s.l1_size)])
+    qemu.patch(path, 24, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert disk.size == 2**63 - 512
+        assert len(list(disk.pieces(0, disk.size))) == 1
+        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
+        assert list(changes(disk, disk)) == []
+
+
+def test_a_size_of_exabytes_that_no_table_covers_is_an_error_at_once(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
     qemu.take(path, "s")
     entry = qemu.snapshots(path)["s"].entry_offset
     qemu.patch(path, entry + 48, struct.pack(">Q", 2**63 - 512))
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
-        assert disk.size == 2**63 - 512
-        assert len(list(disk.pieces(0, disk.size))) == 1
-        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
+        assert list(disk.extents(0, 1 << 46)) == [(0, 1 << 46, 3)]
+        for find in (disk.extents(0, disk.size), disk.own(), changes(disk, disk)):
+            with pytest.raises(ImageError, match="guest offset 0x400000000000: its L1 table of "):
+                list(find)
 
 
 # --- Caches and decoders ---

@@ -106,7 +106,7 @@ def test_all_that_can_be_called_raises_value_error(opened: Image) -> None:
     opened.close()
     had["base"].close()
     for name, call in CALLS.items():
-        with pytest.raises(ValueError, match=r"I/O operation on closed file '.*'"):
+        with pytest.raises(ValueError, match=r"I/O operation on closed image '.*'"):
             pytest.fail(f"{name}: {call(opened, disk, had)!r}")
     opened.close()  # a second time is none
 
@@ -208,4 +208,4 @@ except ValueError as e:
     said = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "closed file" in said.stdout
+    assert "closed image" in said.stdout

@@ -17,8 +17,9 @@ from qcow2snap_core.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Geometry
 COPIED, PACKED = q.OFLAG_COPIED, q.OFLAG_COMPRESSED
 
 
-def mapping(storage, bits, l1_offset, l1_size, version=3, cache=1 << 20):
-    return Mapping(storage, Geometry(bits, version), l1_offset, l1_size, BoundedCache(cache), 0)
+def mapping(storage, bits, l1_offset, l1_size, version=3, cache=1 << 20, open_ended=True):
+    geometry, tables = Geometry(bits, version), BoundedCache(cache)
+    return Mapping(storage, geometry, l1_offset, l1_size, tables, 0, open_ended)
 
 
 def write(path, bits, tables, copied=0):
@@ -235,13 +236,32 @@ def test_an_l1_entry_that_cannot_be_concerns_only_what_it_maps(tmp_path, entry, 
         assert m.run(2 * per_entry, 512) == (DATA, 2 << 16, 512)
 
 
-def test_past_an_l1_that_is_too_short_all_is_unallocated(tmp_path):
+def test_past_an_l1_that_may_be_short_all_is_unallocated(tmp_path):
     l1_offset = write(tmp_path / "disk", 9, [[512]])
     with opened(tmp_path / "disk") as storage:
         m = mapping(storage, 9, l1_offset, 1)
         far = 1 << 60
         assert found(m, far, 1 << 20) == ([(UNALLOCATED, 0, far, 1 << 20)], False)
         assert m.run(64 * 512, 99) == (UNALLOCATED, 0, 99)
+        assert m.reach is None
+
+
+@pytest.mark.parametrize("tables", [[], [None], [[512]], [None, [0] * 64]])
+def test_past_any_other_l1_is_an_error(tmp_path, tables):
+    l1_offset = write(tmp_path / "disk", 9, tables)
+    reach = len(tables) * 64 * 512
+    with opened(tmp_path / "disk") as storage:
+        m = mapping(storage, 9, l1_offset, len(tables), open_ended=False)
+        assert m.reach == reach
+        said = f"its L1 table of {len(tables)} entries covers only {reach} bytes"
+        for at in (reach, reach + 1, 1 << 60):
+            with pytest.raises(ImageError, match=said):
+                m.run(at, 1)
+        if tables:
+            runs, failed = found(m, 0, reach)
+            assert not failed
+            assert found(m, 0, reach + 1) == (runs, True)
+            assert found(m, 0, 1 << 62) == (runs, True)
 
 
 def test_an_l1_of_many_slices(tmp_path):

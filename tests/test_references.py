@@ -87,6 +87,9 @@ def test_a_file_elsewhere_is_refused_with_the_key_that_allows_it(tree, name, fil
     with pytest.raises(UsageError) as caught:
         read(tree, name)
     assert "the backing file of " in str(caught.value)
+    written = name.format(tree=tree)
+    which = "" if written == str(tree / file) else f"{written!r}, which leads to "
+    assert f": {which}'{tree / file}'{',' * bool(which)} lies outside" in str(caught.value)
     add = re.search(r"add allow-dir=(\S+) if", str(caught.value))[1]
     assert add == os.path.dirname(tree / file)
     assert read(tree, name, [add]) == file

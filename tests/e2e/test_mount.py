@@ -36,7 +36,7 @@ def test_the_disk_is_there_until_interrupted(image: Path, tmp_path: Path, number
             f.write(b"x")
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
     eventually(lambda: not processes_with(str(image)))
 

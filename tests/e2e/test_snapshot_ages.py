@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.qemu import KiB, MiB
+from support.qemu import MiB
 from support.server import serve
 from support.tables import Entry, write_table
 
@@ -57,36 +57,6 @@ def test_an_entry_that_lost_its_size_has_the_active_disks(tmp_path: Path) -> Non
     with_extra(path, b"")
     with serve(file=path) as server:
         assert server.read("s") == expected.ljust(5 * MiB, b"\0")
-
-
-@pytest.mark.parametrize("extended", ["off", "on"])
-@pytest.mark.parametrize("entries", [0, 1, 2])
-def test_an_l1_table_smaller_than_the_disk(tmp_path: Path, entries: int, extended: str) -> None:
-    """The rest is unallocated.  QEMU agrees when it is given the short table and disk."""
-    cluster = 16 * KiB if extended == "on" else 4 * KiB
-    per_entry = cluster * cluster // (16 if extended == "on" else 8)
-    size = 4 * per_entry
-    options = {"cluster_size": cluster, "extended_l2": extended}
-    path = qemu.create(tmp_path / "disk.qcow2", size, **options)
-    qemu.io(path, *(f"write -P {n + 1} {n * per_entry} {per_entry}" for n in range(4)))
-    qemu.take(path, "s")
-    with_extra(path, STATE + struct.pack(">Q", size), entries)
-    kept = b"".join(bytes([n + 1]) * per_entry for n in range(entries))
-    with serve(file=path) as server:
-        assert server.read("s") == kept.ljust(size, b"\0")
-        held = [(0, len(kept), 0)] if entries else []
-        assert server.extents("s") == [*held, (len(kept), size - len(kept), 3)]
-
-
-def test_a_short_l1_table_shows_the_layer_below(tmp_path: Path) -> None:
-    below = tmp_path / "below.raw"
-    below.write_bytes(b"\x09" * SIZE)
-    path = make(tmp_path, "1.1", **{"backing_file": below.name, "backing_fmt": "raw"})
-    with_extra(path, STATE + DISK, 1)
-    with serve(file=path) as server:
-        content = server.read("s")
-    assert content[: 2 * MiB] == qemu.content(path, "s")[: 2 * MiB]
-    assert content[2 * MiB :] == b"\x09" * MiB
 
 
 @pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}, {"compression_type": "zstd"}])

@@ -191,6 +191,7 @@ _TABLE = [
     Case("entry-l1-size-32M", entry(8), I, (4 << 20) + 1, CLOSED, "larger than 32 MiB"),
     Case("entry-l1-size-max", entry(8), I, 2**32 - 1, CLOSED, "larger than 32 MiB"),
     Case("entry-l1-size-past", entry(8), I, 1 << 20, CLOSED, "lies past the end of the file"),
+    Case("entry-l1-size-1", entry(8), I, 1, TABLE_1, "L1 table of 1 entries covers only 131072"),
     Case("entry-id-long", entry(12), H, 0xFFFF, LISTED, "entry 2 of 2 at host offset"),
     Case("entry-name-long", entry(14), H, 0xFFFF, LISTED, "entry 2 of 2 at host offset"),
     Case("entry-extra-1025", entry(36), I, 1025, LISTED, "1025 bytes of extra data, more than"),

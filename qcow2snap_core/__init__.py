@@ -48,6 +48,7 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     path: str,
     *,
     allow_dirs: Iterable[str] = (),
+    allow_files: Iterable[str] = (),
     backing_format: str | None = None,
     passphrase: str | bytes | None = None,
     l2_cache_size: int = Options().l2_cache_size,
@@ -62,6 +63,11 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     if passphrase is not None:
         passphrases[0] = passphrase.encode() if isinstance(passphrase, str) else passphrase
     options = Options(
-        tuple(allow_dirs), backing_format, passphrases, l2_cache_size, cluster_cache_size
+        tuple(allow_dirs),
+        backing_format,
+        passphrases,
+        l2_cache_size,
+        cluster_cache_size,
+        allow_files=tuple(allow_files),
     )
     return open_image(path, options)

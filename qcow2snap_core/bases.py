@@ -1,5 +1,9 @@
 """Is this file what an update starts from?  Asked of the record that it keeps (:mod:`.records`).
 
+Devices and exports keep none, nor does what other programs have made.  There all that the update
+will *not* write can be compared with the image: what both snapshots have alike must be there.  An
+interrupted update does not change that either.  Or the user is believed.
+
 The record is written when the copy is whole.  An update in place writes another one first, that
 of the way from the old snapshot to the new one, and brings it to the disk: whatever happens then,
 the file never says that it holds what it does not.
@@ -12,6 +16,7 @@ import os
 import stat
 import tempfile
 from contextlib import suppress
+from enum import Enum
 from typing import Final
 
 from .disk import Disk
@@ -22,18 +27,31 @@ ATTRIBUTE: Final = "user.qcow2snap.copy"
 ENDING: Final = ".qcow2snap"
 
 
-def check_base(path: str, old: Disk, new: Disk) -> None:
+class Base(Enum):
+    """By what it is made sure that the target of an update holds the old snapshot."""
+
+    RECORDED = "its record"
+    COMPARED = "its content"
+    TRUSTED = "the user's word"
+
+
+_ADVICE: Final = "add --verify-base to compare it first, or --trust-base if it holds"
+
+
+def check_base(path: str, old: Disk, new: Disk) -> bool:
     """Raises UsageError, which says what the file holds, unless an update from the one disk to the
-    other is right for it."""
+    other is right for it.
+
+    Returns whether it was begun and interrupted: then what the file holds has to be compared, since
+    nothing says whether others have written to it after that.
+    """
     record = _read(path)
     if record is None:
-        raise UsageError(
-            f"{shown(path)} has no record of what it holds: add --trust-base if that is {old.name}"
-        )
+        raise UsageError(f"{shown(path)} has no record of what it holds: {_ADVICE} {old.name}")
     wanted = held(old)
     if wanted is None:
         raise UsageError(
-            f"{old.name} may have changed since {shown(path)} was made: add --trust-base if not"
+            f"{old.name} may have changed since {shown(path)} was made: {_ADVICE} it as it is"
         )
     status = os.stat(path)
     says = "an active disk as it once was" if record.holds is None else str(record.holds)
@@ -47,23 +65,23 @@ def check_base(path: str, old: Disk, new: Disk) -> None:
         unchanged = status.st_size in (old.size, new.size)
     else:
         if record.holds != wanted:
+            which = "but that of another disk" if says == str(wanted) else f"not {wanted}"
             raise UsageError(
-                f"{shown(path)} holds {says}, not {wanted}: give --since what it holds, or make "
+                f"{shown(path)} holds {says}, {which}: give --since what it holds, or make "
                 f"a full copy"
             )
         unchanged = record == record.of(status) and status.st_size == old.size
     if not unchanged:
         raise UsageError(
-            f"{shown(path)} was changed after {says} had been copied to it: make a full copy, or "
-            f"add --trust-base if it holds {old.name} all the same"
+            f"{shown(path)} was changed after {says} had been copied to it: make a full copy, "
+            f"or {_ADVICE} {old.name} all the same"
         )
+    return record.between
 
 
 def no_record(name: str, old: Disk) -> UsageError:
     """The error for a target that keeps no record."""
-    return UsageError(
-        f"{shown(name)} keeps no record of what it holds: add --trust-base if that is {old.name}"
-    )
+    return UsageError(f"{shown(name)} keeps no record of what it holds: {_ADVICE} {old.name}")
 
 
 def _read(path: str) -> Record | None:
@@ -76,8 +94,8 @@ def _read(path: str) -> Record | None:
     except ValueError as e:
         why = str(e)
     raise UsageError(
-        f"the record of what {shown(path)} holds cannot be read: {why}: make a full copy, or add "
-        f"--trust-base if you know that it holds the snapshot of --since"
+        f"the record of what {shown(path)} holds cannot be read: {why}: make a full copy, or "
+        f"{_ADVICE} the snapshot of --since"
     )
 
 
@@ -88,13 +106,9 @@ def _raw(path: str) -> bytes | None:
         if e.errno not in (errno.ENODATA, errno.ENOTSUP):
             raise
     try:
-        fd = os.open(_beside(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return _content(_beside(path))
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as f:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError(f"{shown(_beside(path))} is no regular file")
-        return f.read(MOST + 1)
 
 
 def keep_in(path: str, fd: int, record: Record) -> None:
@@ -116,16 +130,19 @@ def keep(fd: int, record: Record) -> bool:
 
 
 def keep_beside(path: str, record: Record | None) -> None:
-    """Make the record, of the file as it is, the file beside it, or remove that.
+    """Make the record, of the file as it is, the file beside it, or remove that; what is there and
+    is no record is left alone.
 
     Raises UsageError.
     """
     beside = _beside(path)
     try:
         if record is None:
-            with suppress(FileNotFoundError):
+            if _is_record(beside):
                 os.unlink(beside)
             return
+        if os.path.lexists(beside) and not _is_record(beside):
+            raise FileExistsError(errno.EEXIST, "it is there and is something else")
         status = os.stat(path)
         fd, part = tempfile.mkstemp(".part", ".qcow2snap-record-", os.path.dirname(beside))
         try:
@@ -142,6 +159,22 @@ def keep_beside(path: str, record: Record | None) -> None:
         raise UsageError(
             f"cannot keep a record of what {shown(path)} holds in {shown(beside)}: {reason(e)}"
         ) from e
+
+
+def _is_record(beside: str) -> bool:
+    try:
+        parse(_content(beside))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _content(beside: str) -> bytes:
+    fd = os.open(beside, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as f:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{shown(beside)} is no regular file")
+        return f.read(MOST + 1)
 
 
 def _beside(path: str) -> str:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from .destination import Kind, destination
 from .diff import changes
 from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
 from .errors import UsageError, shown
@@ -26,12 +27,15 @@ from .interrupts import check
 from .libnbd import is_uri
 from .locks import check_quiet
 from .ondisk import MAX_CHAIN
-from .outputs import check_other, check_space, output
+from .outputs import check_space, output
 from .progress import Advance, progress
 from .qemu import qemu_img, writable
 from .snapshots import Snapshot, read_table
 from .transfer import Plan, RawSource, transfer, whole
 from .verify import State, Written, images
+
+SPLIT_TARGETS: Final = Kind.DIRECTORY
+JOIN_TARGETS: Final = Kind.FILE
 
 ENDING: Final = ".qcow2"
 ACTIVE: Final = "active"
@@ -65,7 +69,7 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    _check_directory(directory)
+    destination(directory, SPLIT_TARGETS).check_apart(image.files)
     _check_local(image)
     check_quiet(image.files)
     snapshots = image.snapshots
@@ -77,9 +81,8 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
-    with output(directory) as temporary:
+    with output(directory, is_directory=True) as temporary:
         total = _check_room(image, parts, os.path.dirname(temporary), directory)
-        os.mkdir(temporary)
         if os.path.isdir(directory):
             os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
         backing = _kept_backing(image, directory) if keep else None
@@ -179,18 +182,6 @@ def _check_local(image: Image) -> None:
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
 
 
-def _check_directory(directory: str) -> None:
-    if not os.path.lexists(directory):
-        parent = os.path.dirname(os.path.realpath(directory))
-        if not os.path.isdir(parent):
-            raise UsageError(f"there is no directory {shown(parent)}")
-        return
-    if not os.path.isdir(directory):
-        raise UsageError(f"{shown(directory)} is not a directory")
-    if os.listdir(directory):
-        raise UsageError(f"{shown(directory)} is not empty: give a directory that is, or none")
-
-
 # --- join ---
 
 
@@ -200,7 +191,7 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    check_other(top.files, out)
+    destination(out, JOIN_TARGETS).check_apart(top.files)
     _check_local(top)
     check_quiet(top.files)
     chain = top.chain[::-1]

@@ -1,23 +1,24 @@
 """What the bytes of a run are: read as they stand, or decoded and kept for the next request.
 
-Short reads are judged here.  QEMU extends a file only as far as it has written, so the last
-cluster may be cut short and the rest of it reads as zeros; and it does not pad the last
-compressed stream to a full sector.  Anything else past the end of the file is damage.
+Short reads are judged here.  What a guest can see of a cluster lies inside the file, whatever QEMU
+made it (docs/validation.md, "The end of the file"), so bytes of a standard cluster past the end are
+lost.  A compressed stream is said to fill whole sectors, of which QEMU writes only what it needs:
+whether something is missing, only the decoder can tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from threading import BoundedSemaphore
-from typing import Any, Final, TypeVar
 
 from . import ondisk as q
 from .cache import BoundedCache
 from .codecs import Codec
 from .encryption import Encryption
 from .errors import ImageError
+from .native import ENGINE
 from .storage import Buffer, Storage
+from .typed import Any, Final, TypeVar
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], bytearray]
@@ -33,6 +34,19 @@ _LARGE: Final = 256 << 10
 _LARGE_TURNS: Final = BoundedSemaphore(3)
 
 
+class _Everybody:
+    """What need not be waited for; contextlib.nullcontext would be a module more at every start."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *raised: object) -> None:
+        return
+
+
+_EVERYBODY: Final = _Everybody()
+
+
 def fill_zeros(view: memoryview) -> None:
     """Overwrite a buffer with zeros, without making a second one of its size."""
     for at in range(0, len(view), len(_ZEROS)):
@@ -44,6 +58,13 @@ def _end(storage: Storage, offset: int, got: int) -> int:
     """Where the file ended when a read at ``offset`` got that few bytes: after them, and after
     none at all perhaps far before."""
     return offset + got if got else min(offset, storage.size())
+
+
+def _stream_past_end(offset: int, end: int) -> ImageError:
+    return ImageError(
+        f"the compressed cluster at host offset {offset:#x} "
+        f"lies past the end of the file ({end} bytes)"
+    )
 
 
 class Clusters:
@@ -63,21 +84,24 @@ class Clusters:
         self._size = 1 << cluster_bits
         self._codec = codec
         self._cache = cache
-        self._turn: AbstractContextManager[object] = (
-            nullcontext() if self._size < _LARGE else _LARGE_TURNS
-        )
+        self._turn = _EVERYBODY if self._size < _LARGE else _LARGE_TURNS
         # The descriptor's layout (spec: "Compressed Clusters Descriptor").
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1
         self._sectors_mask = (1 << cluster_bits - 8) - 1
+
+    def description(self) -> tuple[Any, ...] | None:
+        """What :mod:`.native` tells the engine of the data: a descriptor, the decoded clusters,
+        and how standard ones are encrypted; None where it cannot read that."""
+        fd = self._data.plain_fd
+        return None if fd is None else (fd, self._cache.items, False, None)
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
         sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
-            self._check_end(host, len(buffer), _end(self._data, host, got))
-            fill_zeros(memoryview(buffer)[got:])
+            raise self._past_end(host, _end(self._data, host, got))
 
     def read_compressed(
         self, view: memoryview, entry: int, token: int, guest: int, within: int
@@ -108,16 +132,21 @@ class Clusters:
         self._data.will_need(host, length)
 
     def locate(self, compressed: bool, host: int, length: int) -> int:
-        """The host offset of a run's bytes, once it is sure that the file reaches that far.
+        """The host offset of a run's bytes, once it is sure that the file reaches that far; of a
+        compressed cluster, that its stream begins in the file.
 
         Raises ImageError where it does not.
         """
         if not compressed:
-            self._check_end(host, length, self._data.size())
+            end = self._data.size()
+            if host + length > end:
+                raise self._past_end(host, end)
             return host
         offset, length = self.stream(host)
         self._check_start(offset)
-        self._check_stream(offset, length, self._file.size())
+        end = self._file.size()
+        if offset >= end:
+            raise _stream_past_end(offset, end)
         return offset
 
     # --- Inside ---
@@ -133,12 +162,14 @@ class Clusters:
         offset, length = self.stream(entry)
         self._check_start(offset)
         stream = self._file.read(length, offset)
-        if len(stream) < length:
-            self._check_stream(offset, length, _end(self._file, offset, len(stream)))
+        if not stream:
+            raise _stream_past_end(offset, _end(self._file, offset, 0))
         try:
             return decode(stream)
         except ImageError as e:
-            raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
+            cut = len(stream) + q.SECTOR <= length  # the rest of the last sector is no loss
+            end = f" (cut off at the end of the file, {offset + len(stream)} bytes)" if cut else ""
+            raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}{end}") from e
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length in bytes up to the end of its last sector) of a compressed
@@ -151,21 +182,13 @@ class Clusters:
         if offset < self._size:
             raise ImageError(f"the compressed cluster at host offset {offset:#x} is in the header")
 
-    def _check_end(self, host: int, length: int, end: int) -> None:
-        """The file's last cluster counts as whole, however little of it was written."""
-        if host + length > -(-end // self._size) * self._size:
-            raise ImageError(
-                f"the data cluster at host offset {host & -self._size:#x} "
-                f"lies past the end of the file ({end} bytes)"
-            )
-
-    def _check_stream(self, offset: int, length: int, end: int) -> None:
-        """So does its last sector for a compressed stream."""
-        if offset + length > -(-end // q.SECTOR) * q.SECTOR:
-            raise ImageError(
-                f"the compressed cluster at host offset {offset:#x} "
-                f"lies past the end of the file ({end} bytes)"
-            )
+    def _past_end(self, host: int, end: int) -> ImageError:
+        """The first cluster, from the one at ``host`` on, that is not wholly in the file."""
+        cluster = max(host, end) & -self._size
+        how = "lies past" if cluster >= end else "is cut off at"
+        return ImageError(
+            f"the data cluster at host offset {cluster:#x} {how} the end of the file ({end} bytes)"
+        )
 
 
 class EncryptedClusters(Clusters):
@@ -175,6 +198,13 @@ class EncryptedClusters(Clusters):
         """``parts`` as for :class:`Clusters`."""
         super().__init__(*parts)
         self._encryption = encryption
+
+    def description(self) -> tuple[Any, ...] | None:
+        cipher, by_guest_offset = self._encryption
+        fd = self._data.plain_fd
+        if fd is None or ENGINE is None or not isinstance(cipher, ENGINE.Cipher):
+            return None
+        return fd, self._cache.items, by_guest_offset, cipher
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         length, lead = len(buffer), host % q.SECTOR

@@ -25,13 +25,14 @@ the last one's entry.  One guard for each would read the table as often as it ha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Lock
-from typing import Final, Protocol
 
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
-from .storage import Storage, check_open
+from .storage import Pieces, Storage, check_open
+from .typed import Final, Protocol
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -43,12 +44,23 @@ _PAUSE: Final = 0.005
 _MISSING_FOR: Final = 4  # consistent tables in a row
 
 
+#: Is told what the file holds while the snapshot is there, or None when it has to be asked.
+Expect = Callable[[Pieces | None], object]
+
+
 class Guard(Protocol):
     """Tells whether what was just read may be returned."""
 
     @property
     def identity(self) -> Identity | None:
         """Of the snapshot; None for an active disk, which has none that lasts."""
+
+    @property
+    def plain_fd(self) -> int | None:
+        """Where a native reader can compare; None where it cannot."""
+
+    def tell(self, expect: Expect) -> None:
+        """Keep a native reader informed, which then compares by itself."""
 
     def check(self) -> None:
         """Raises SnapshotGone, or ImageError when it cannot be told."""
@@ -58,9 +70,13 @@ class Unguarded:
     """For what has no snapshot to lose: an active disk."""
 
     identity = None
+    plain_fd = None
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+
+    def tell(self, expect: Expect) -> None:
+        """Never called: there is nothing to compare."""
 
     def check(self) -> None:
         """Raises ValueError when the file was closed: zeros are read without a look at it."""
@@ -75,12 +91,23 @@ class SnapshotGuard:
         self._snapshots = snapshots
         self._wanted = frozenset(s.identity for s in snapshots)
         self.identity: Final = snapshots[0].identity if len(snapshots) == 1 else None
+        self.plain_fd = storage.plain_fd if len(snapshots) == 1 else None
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
         self._proof: Proof | None = None
         # The header's fields and the damage that were waited for in vain.
         self._lasting: tuple[bytes, str | None] | None = None
+        self._expect: Expect | None = None
+
+    def tell(self, expect: Expect) -> None:
+        self._expect = expect
+        self._believe(self._proof)
+
+    def _believe(self, proof: Proof | None) -> None:
+        self._proof = proof
+        if self._expect is not None:
+            self._expect(proof.pieces if proof is not None and proof.digest is None else None)
 
     def check(self) -> None:
         """Raises SnapshotGone when one of them is, ImageError when it cannot be told."""
@@ -102,7 +129,7 @@ class SnapshotGuard:
                 table = read_table_once(self._storage, self._wanted)
                 if not table.torn:
                     if table.proof is not None:
-                        self._proof = table.proof
+                        self._believe(table.proof)
                         return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
@@ -111,6 +138,7 @@ class SnapshotGuard:
                             f"{self._first_but(table)} was deleted from "
                             f"{shown(self._storage.path)}: nothing of it can be read any more"
                         )
+                        self._believe(None)
                         continue
                     if damaged == _ATTEMPTS_DAMAGED or lasting == (table.fields, table.damage):
                         self._lasting = table.fields, table.damage

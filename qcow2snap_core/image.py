@@ -11,7 +11,6 @@ from collections.abc import Mapping as ReadOnly
 from collections.abc import Sequence
 from itertools import count
 from types import MappingProxyType, TracebackType
-from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from . import ondisk as q
@@ -28,6 +27,7 @@ from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
 from .storage import Storage, check_open, open_storage
+from .typed import Final, NamedTuple
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
@@ -42,6 +42,7 @@ class Options(NamedTuple):
     cluster_cache_size: int = 64 << 20
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
+    allow_files: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -52,7 +53,7 @@ class _Shared:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.policy = Policy(options.allow_dirs)
+        self.policy = Policy(options.allow_dirs, options.allow_files)
         self.tables: TableCache = BoundedCache(options.l2_cache_size, OVERHEAD)
         self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size, OVERHEAD)
         self.tokens = count()

@@ -46,6 +46,11 @@ class Quiet:
         self._files = tuple(files)
         self.check()
 
+    plain_fd = None
+
+    def tell(self, expect: object) -> None:
+        """Never called: a lock cannot be compared."""
+
     def check(self) -> None:
         check_quiet(self._files)
 

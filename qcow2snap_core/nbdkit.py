@@ -69,6 +69,7 @@ def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
     found += [f"snapshot-id={snapshot.id}"] if snapshot.id else []
     found += [f"snapshot-name={snapshot.name}"] if snapshot.name else []
     found += [f"allow-dir={os.path.abspath(d)}" for d in options.allow_dirs]
+    found += [f"allow-file={os.path.abspath(f)}" for f in options.allow_files]
     if options.backing_format is not None:
         found.append(f"backing-format={options.backing_format}")
     for layer, passphrase in options.passphrases.items():

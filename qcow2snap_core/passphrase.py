@@ -6,9 +6,7 @@ prompt.  A secret never appears in an error line, not even in part.
 
 from __future__ import annotations
 
-import getpass
 import os
-import re
 import sys
 
 from .errors import UsageError, reason, shown
@@ -32,8 +30,10 @@ def _ask(key: str) -> bytes:
     if not sys.stdin or not sys.stdin.isatty():
         raise UsageError(f"{key}=- asks on a terminal, there is none: use {key}=+FILE")
     try:
+        from getpass import getpass
+
         with raising():
-            return os.fsencode(getpass.getpass("passphrase: "))
+            return os.fsencode(getpass("passphrase: "))
     except EOFError:
         raise UsageError(f"{key}=-: no passphrase was entered") from None
 
@@ -48,7 +48,8 @@ def _from_file(key: str, path: str) -> bytes:
 
 
 def _from_descriptor(key: str, number: str) -> bytes:
-    if not re.fullmatch("[0-9]{1,9}", number, re.ASCII) or int(number) <= 2:
+    plain = number.isascii() and number.isdigit() and len(number) <= 9
+    if not plain or int(number) <= 2:
         raise UsageError(f"{key}=-FD: give the number of an open descriptor above 2")
     return _first_line(key, int(number))
 

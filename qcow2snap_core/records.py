@@ -16,15 +16,18 @@ It is one object of JSON, ASCII, of at most 4,096 bytes, with exactly these fiel
 
 A snapshot is an object of ``id`` and ``name``, cut to 64 characters, ``date-sec``, ``date-nsec``,
 ``vm-clock-nsec``, and ``digest``: 32 bytes of BLAKE2b in hexadecimal of its whole identity
-(:class:`.Identity`), its L1 table and the first of its L2 tables.  An image has no name of its own
-that outlives a move; the tables tell two disks of one machine apart whose snapshots were taken at
-the same instant under the same name and ID.  QEMU changes none of it while the snapshot exists,
-but for the COPIED bits, which are left out.
+(:class:`.Identity`), its L1 table and the first of its L2 tables, and the first and last 128 KiB of
+its content.  An image has no name of its own that outlives a move; tables and content tell two
+disks of one machine apart whose snapshots were taken at the same instant under the same name and
+ID.  Tables alone do not, where both were preallocated or come from one template: then what differs
+are the IDs that partition tables, RAIDs, volume groups and filesystems keep at the ends of a disk.
+QEMU changes none of it while the snapshot exists, but for the COPIED bits, which are left out.
 
 A file whose size or time of modification is not that of the record was written by somebody else,
 or copied without its times: then the record says nothing.  What this cannot see is a write that
-puts the old time back.  The record of ``between`` has no times to compare; it lets only the same
-update be repeated, which writes all its ranges again.
+puts the old time back.  The record of ``between`` has no times to compare, since a kill comes at
+any moment; it lets only the same update be repeated, which writes all its ranges again, and what
+that will not write is compared first.
 
 Whoever may write the file may write its record: it protects from mistakes, not from forgery, and
 so it is read as anything from outside is, strictly and up to a limit.
@@ -42,13 +45,14 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from .disk import Disk
-from .errors import ImageError, escaped, shown
+from .errors import ImageError, StorageError, escaped, shown
 
 _VERSION: Final = 1
 MOST: Final = 4096  # bytes of a record
 _MOST_TEXT: Final = 64  # characters: two snapshots have to fit into a record
 _L1_ENTRIES: Final = 8192  # read at a time
 _L2_BYTES: Final = 256 << 10  # of L2 tables that are part of a digest
+_ENDS: Final = 128 << 10  # bytes: beyond Btrfs's first superblock at 64 KiB
 
 
 class Held(NamedTuple):
@@ -90,6 +94,7 @@ def held(disk: Disk) -> Held | None:
         text = str(field).encode("utf-8", "surrogateescape")
         digest.update(struct.pack(">Q", len(text)) + text)
     _add_tables(digest, disk)
+    _add_ends(digest, disk)
     disk.check()
     return Held(
         identity.id[:_MOST_TEXT],
@@ -115,6 +120,13 @@ def _add_tables(digest: Any, disk: Disk) -> None:
                     count = min(left, mapping.l2_entries)
                     digest.update(mapping.l2_raw(table, 0, count))
                     left -= count
+
+
+def _add_ends(digest: Any, disk: Disk) -> None:
+    length = min(_ENDS, disk.size)
+    for offset in (0, disk.size - length):
+        with suppress(ImageError, StorageError):  # likewise
+            digest.update(disk.pread(length, offset))
 
 
 def parse(raw: bytes) -> Record:

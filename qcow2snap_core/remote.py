@@ -45,7 +45,10 @@ class _Connection(NamedTuple):
 class RemoteFile:
     """An NBD export.  Safe to use from several threads."""
 
+    plain_fd: int | None = None
+
     directory: str | None = None
+    trusted: str | None = None
 
     def __init__(self, uri: str) -> None:
         """Connects.  Raises UsageError when that fails."""
@@ -137,8 +140,8 @@ class RemoteFile:
         """How much of a range is inside the export."""
         check_open(self)
         if offset + length > self._size:
-            # What is short is taken for the file's end, and its last cluster filled with zeros: so
-            # this has to be the end that it has now.
+            # What is short is taken for the file's end, and for damage: so this has to be the end
+            # that it has now.
             self._measure()
         return max(0, min(length, self._size - offset))
 

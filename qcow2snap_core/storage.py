@@ -12,18 +12,18 @@ pages of it may stay stale, so it is read with O_DIRECT as well, through aligned
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import stat
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
 from .pool import Pool
+from .typed import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    import mmap
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
@@ -38,7 +38,9 @@ class Storage(Protocol):
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
+    trusted: str | None  # the directory that they may lead to without being asked for, if any
     inode: tuple[int, int]  # which file it is, by whatever name
+    plain_fd: int | None  # a descriptor that is read like any file; None where that needs more
 
     def size(self) -> int:
         """The present size in bytes; a live image grows."""
@@ -65,10 +67,14 @@ class Storage(Protocol):
         """Whatever is asked of it from now on raises ValueError, in every thread."""
 
 
-def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
+Permit = Callable[[str, tuple[int, int]], None]
+
+
+def open_storage(path: str, permit: Permit | None = None) -> Storage:
     """Open a regular file or block device for reading.
 
-    ``permit`` is called with the resolved path before anything is opened; it raises to refuse.
+    ``permit`` is called with the resolved path and the inode, as :attr:`Storage.inode`, before
+    anything is opened; it raises to refuse.
     Raises UsageError when there is no such file, or it is of another kind.
     """
     try:
@@ -82,15 +88,15 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         kind = os.fstat(handle).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise UsageError(
-                f"{shown(path)} is a {_kind_name(kind)}: give a regular file or a block device"
+                f"{shown(path)} is a {kind_name(kind)}: give a regular file or a block device"
             )
         # What the descriptor holds, whatever the name means by now.
         itself = f"/proc/self/fd/{handle}"
         real = os.readlink(itself)
         if permit is not None:
-            permit(real)
+            permit(real, inode(os.fstat(handle)))
         if stat.S_ISBLK(kind):
-            return BlockDevice(path, real, _reopen(itself, os.O_DIRECT))
+            return BlockDevice(path, _reopen(itself, os.O_DIRECT))
         return File(path, real, _reopen(itself, 0))
     except OSError as e:
         raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
@@ -114,8 +120,11 @@ def _reopen(itself: str, flags: int) -> int:
     return os.open(itself, os.O_RDONLY | os.O_CLOEXEC | flags)
 
 
-def _kind_name(mode: int) -> str:
+def kind_name(mode: int) -> str:
+    """What a file with this mode is called, without an article."""
     kinds = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFBLK: "block device",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFCHR: "character device",
@@ -136,10 +145,12 @@ class File:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
+        self.trusted = self.directory
         self.inode = inode(os.fstat(fd))
         self.closed = False
         self._descriptor = Descriptor(fd)
         self._fd = fd
+        self.plain_fd: int | None = fd
 
     def size(self) -> int:
         status = os.fstat(self._fd)
@@ -213,8 +224,10 @@ class File:
             raise _failed(self.path, offset, end - offset, e) from e
 
     def will_need(self, offset: int, length: int) -> None:
-        with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
+        try:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # it was a hint: whoever needs the data will see the error
 
     def close(self) -> None:
         self.closed = True
@@ -230,14 +243,20 @@ _BOUNCE: Final = 1 << 20
 class BlockDevice:
     """A block device, read past the page cache."""
 
-    def __init__(self, path: str, real: str, fd: int) -> None:
+    plain_fd: int | None = None
+
+    def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.absolute = from_here(path)
-        self.directory: str | None = os.path.dirname(real)
+        # Of its name, for QEMU's sake: a volume's is /dev/group/name, its node /dev/dm-3.
+        self.directory: str | None = os.path.dirname(self.absolute)
+        self.trusted: str | None = None  # all the machine's devices lie in /dev
         self.inode = inode(os.fstat(fd))
         self.closed = False
         self._descriptor = Descriptor(fd)
         self._fd = fd
+        import mmap
+
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
@@ -313,9 +332,14 @@ class Descriptor:
         os.dup2(_unreadable(), self._fd, inheritable=False)
 
 
-@cache
+_no_file: int | None = None
+
+
 def _unreadable() -> int:
-    return os.open("/", os.O_PATH | os.O_CLOEXEC)
+    global _no_file
+    if _no_file is None:
+        _no_file = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    return _no_file
 
 
 def check_open(storage: Storage) -> None:

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import os
 import signal
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
@@ -219,14 +218,6 @@ class NbdTarget:
 def _write_zeros(target: Target, offset: int, length: int) -> None:
     for at in range(offset, offset + length, len(_ZEROS)):
         target.write(_ZEROS[: offset + length - at], at)
-
-
-def file_kind(path: str) -> int | None:
-    """The type bits of a file's mode, None when there is none."""
-    try:
-        return stat.S_IFMT(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return None
 
 
 def _failed(name: str, offset: int, why: str, how: str = "writing to") -> StorageError:

@@ -41,6 +41,8 @@ class Readable(Protocol):
 class Differs(StorageError):
     """What was written is not what was asked for."""
 
+    offset = 0  #: in the disk, the first one where that was seen
+
 
 class State(NamedTuple):
     """What a snapshot, or an active disk, was asked to be."""
@@ -142,10 +144,12 @@ def compare(
             there = content(found, pair.found_zeros, buffers[1], pair)
             if expected != there:
                 offset = pair.offset + _first_difference(expected, there)
-                raise Differs(
+                differs = Differs(
                     f"{what} differs from its source at guest offset {offset:#x}: it was written "
                     f"wrong, or changed meanwhile"
                 )
+                differs.offset = offset
+                raise differs
             advance(pair.length)
 
         return do

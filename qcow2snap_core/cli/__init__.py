@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import Error, reason
 from ..interrupts import Interrupted, ending
+from ..native import ENGINE
 from .parser import Parser
 from .streams import OutputLost, failed, give_up_output, say, take
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(_needed(argv)).parse_args(argv)
         status: int = args.run(args)
         return status
     except SystemExit as e:  # of argparse: help, version, or a usage error that it has printed
@@ -84,14 +85,24 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _needed(argv: Sequence[str]) -> Sequence[str]:
+    """The commands whose modules a command line takes: to import all of them takes longer than
+    most commands, and only help and complaints are about all."""
+    if argv[:1] == ["--version"]:
+        return ()
+    return argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+
+
+def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",
     )
-    parser.add_argument("--version", action="version", version=f"qcow2snap {__version__}")
+    engine = "no" if ENGINE is None else "yes"
+    version = f"qcow2snap {__version__} (native engine: {engine})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,

@@ -32,6 +32,13 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a further directory in which backing files may lie; / trusts every path",
     )
     group.add_argument(
+        "--allow-file",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="a file or block device that may be a backing or data file",
+    )
+    group.add_argument(
         "--backing-format",
         choices=BACKING_FORMATS,
         help="the format of a backing file whose image records none",
@@ -66,7 +73,12 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
             key = f"--passphrase.{layer}" if layer else "--passphrase"
             passphrases[layer] = read_passphrase(key, value)
     options = Options(
-        tuple(args.allow_dir), args.backing_format, passphrases, data=data, layers=layers
+        tuple(args.allow_dir),
+        args.backing_format,
+        passphrases,
+        data=data,
+        layers=layers,
+        allow_files=tuple(args.allow_file),
     )
     return open_image(args.file, options)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..chains import join
+from ..chains import JOIN_TARGETS, join
+from ..destination import destination
 from ..errors import escaped
 from ..interrupts import deferred
 from .common import add_image_options, add_no_verify, open_from
@@ -26,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.out, JOIN_TARGETS)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         names = join(image, args.out, warn, args.verify)
     print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")

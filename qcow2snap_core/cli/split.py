@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..chains import split
+from ..chains import SPLIT_TARGETS, split
+from ..destination import destination
 from ..errors import escaped
 from ..interrupts import deferred
 from .common import add_image_options, add_no_verify, open_from
@@ -31,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.outdir, SPLIT_TARGETS)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         for name in split(image, args.outdir, warn, args.verify):
             print(escaped(os.path.join(args.outdir, name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -127,6 +128,26 @@ def test_two_disks_of_one_machine_are_told_apart(image: Path, tmp_path: Path) ->
     assert "holds snapshot 'mon'" in refused(image, "mon", "tue", out)
 
 
+def test_two_disks_of_one_machine_with_like_tables_are_told_apart(tmp_path: Path) -> None:
+    """As preallocated ones have them, or two that were made of one template."""
+    path, other = qemu.create(tmp_path / "a.qcow2", SIZE), tmp_path / "b.qcow2"
+    qemu.io(path, f"write -P 1 0 {SIZE}")
+    qemu.take(path, "one")
+    qemu.io(path, "write -P 2 2M 1M")
+    qemu.take(path, "two")
+    hosts = [e for e in command.qcow2snap_json("map", path, "one") if e["type"] == 0]
+    for name, within in {"first": 0, "last": SIZE - 512}.items():
+        shutil.copyfile(path, other)
+        extent = next(e for e in hosts if e["offset"] <= within < e["offset"] + e["length"])
+        qemu.patch(other, extent["host"] + within - extent["offset"], b"another disk")
+        out = tmp_path / name / "out.raw"
+        out.parent.mkdir()
+        command.qcow2snap("copy", path, "one", out)
+        line = refused(other, "one", "two", out)
+        assert "holds snapshot 'one' (ID 1, " in line
+        assert "), but that of another disk: " in line
+
+
 def grown(path: Path) -> None:
     with open(path, "ab") as f:
         f.write(b"x")
@@ -145,7 +166,7 @@ def test_a_file_that_was_changed_is_refused(image: Path, backup: Path, change: A
     change(backup)
     line = refused(image, "mon", "tue", backup)
     assert "was changed after snapshot 'mon' (ID 2" in line
-    assert "add --trust-base" in line
+    assert "add --verify-base" in line
 
 
 def test_a_copy_of_the_copy_knows_too_if_it_keeps_times_and_attributes(
@@ -158,7 +179,7 @@ def test_a_copy_of_the_copy_knows_too_if_it_keeps_times_and_attributes(
     assert "was changed after snapshot 'tue'" in refused(image, "tue", "long", other)
     shutil.copyfile(backup, other.with_name("third.raw"))
     line = refused(image, "mon", "tue", other.with_name("third.raw"))
-    assert "has no record of what it holds: add --trust-base" in line
+    assert "has no record of what it holds: add --verify-base" in line
 
 
 def test_trust_base_asks_for_no_record_and_leaves_one(image: Path, backup: Path) -> None:
@@ -182,14 +203,57 @@ def test_what_keeps_no_record_wants_trust_base(image: Path, tmp_path: Path) -> N
     content = qemu.snapshot_content(image, "mon")
     with devices.loop_device(tmp_path, content) as device:
         line = command.fails("copy", image, "--since", "mon", "tue", device)
-        assert f"'{device}' keeps no record of what it holds: add --trust-base" in line
+        assert f"'{device}' keeps no record of what it holds: add --verify-base" in line
         assert device.read_bytes() == content
     with remote("memory", SIZE) as server:
         line = command.fails("copy", image, "--since", "mon", "tue", server.uri)
-        assert "keeps no record of what it holds: add --trust-base" in line
+        assert "keeps no record of what it holds: add --verify-base" in line
 
 
-@pytest.mark.parametrize("option", ["--trust-base", "--in-place"])
+def test_a_file_without_a_record_is_compared_and_then_has_one(image: Path, backup: Path) -> None:
+    os.removexattr(backup, ATTRIBUTE)
+    line = refused(image, "tue", "long", backup, "--verify-base")
+    assert f"'{backup}' does not hold snapshot 'tue' (ID 3)" in line
+    assert re.search(r": it differs at guest offset 0x[12]00000, nothing was written$", line)
+    qemu.patch(backup, SIZE - 1, b"x")
+    line = refused(image, "mon", "tue", backup, "--verify-base")
+    assert f"differs at guest offset {SIZE - 1:#x}, nothing was written" in line
+    qemu.patch(backup, SIZE - 1, b"\0")
+    command.qcow2snap("copy", image, "--since", "mon", "--verify-base", "tue", backup)
+    command.qcow2snap("copy", image, "--since", "tue", "long", backup)
+    assert backup.read_bytes() == qemu.snapshot_content(image, "long")
+
+
+def test_a_device_is_compared(image: Path, tmp_path: Path) -> None:
+    content = bytearray(qemu.snapshot_content(image, "mon"))
+    content[7 * MiB] = 1
+    with devices.loop_device(tmp_path, content) as device:
+        line = command.fails("copy", image, "--since", "mon", "--verify-base", "tue", device)
+        assert f"differs at guest offset {7 * MiB:#x}, nothing was written" in line
+        assert device.read_bytes() == content
+        qemu.patch(device, 7 * MiB, b"\0")
+        command.qcow2snap("copy", image, "--since", "mon", "--verify-base", "tue", device)
+        assert device.read_bytes() == qemu.snapshot_content(image, "tue")
+
+
+@pytest.mark.parametrize("filters", [[], ["--filter=noextents"], ["--filter=noparallel"]], ids=str)
+def test_an_export_is_compared(image: Path, tmp_path: Path, filters: list[str]) -> None:
+    served = tmp_path / "served.raw"
+    served.write_bytes(qemu.snapshot_content(image, "mon"))
+    with remote(*filters, "file", served) as server:
+        update = ["copy", image, "--since", "tue", "--verify-base", "mon", server.uri]
+        qemu.patch(served, 7 * MiB, b"x")
+        assert f"differs at guest offset {7 * MiB:#x}" in command.fails(*update)
+        qemu.patch(served, 7 * MiB, b"\0")
+        assert served.read_bytes() == qemu.snapshot_content(image, "mon")
+        qemu.patch(served, MiB + 5, b"partly written")
+        update = ["copy", image, "--since", "mon", "--verify-base", "tue", server.uri]
+        for _ in range(2):  # as after an interruption
+            command.qcow2snap(*update)
+            assert served.read_bytes() == qemu.snapshot_content(image, "tue")
+
+
+@pytest.mark.parametrize("option", ["--trust-base", "--verify-base", "--in-place"])
 def test_options_of_an_update_want_one(image: Path, tmp_path: Path, option: str) -> None:
     done = command.run("copy", image, option, "mon", tmp_path / "out")
     assert done.returncode == 2
@@ -223,6 +287,26 @@ def test_an_interrupted_update_in_place_lets_only_the_same_be_repeated(
     assert backup.read_bytes() == qemu.snapshot_content(image, "last")
 
 
+def test_one_that_others_wrote_to_after_it_was_interrupted_is_refused(
+    image: Path, backup: Path
+) -> None:
+    """What they leave is the record, and its size may be right as well."""
+    qemu.io(image, "write -c -P 4 6M 64k")
+    qemu.take(image, "last")
+    stream = damage.stream(image, "last", 6 * MiB)[0]
+    good = qemu.peek(image, stream, 16)
+    qemu.patch(image, stream, b"\xff" * 16)
+    update = ["copy", image, "--since", "mon", "--in-place", "last", backup]
+    command.fails(*update)
+    qemu.patch(image, stream, good)
+    qemu.patch(backup, 4 * MiB, b"another")
+    assert record(backup)["state"] == "between"
+    assert f"differs at guest offset {4 * MiB:#x}, nothing was" in command.fails(*update)
+    qemu.patch(backup, 4 * MiB, bytes(7))
+    command.qcow2snap(*update)
+    assert backup.read_bytes() == qemu.snapshot_content(image, "last")
+
+
 # --- Where there are no attributes ---
 
 
@@ -243,15 +327,25 @@ def test_a_file_beside_it_stands_in_for_the_attribute(
     command.qcow2snap("copy", image, "--since", "tue", "--in-place", "mon", moved)
 
 
-def test_a_link_in_its_place_is_replaced_and_not_followed(
+def test_a_link_in_its_place_is_not_followed_and_not_replaced(
     image: Path, without_attributes: Path, tmp_path: Path
 ) -> None:
     precious, out = tmp_path / "precious", without_attributes / "out.raw"
     precious.write_text("precious")
     (without_attributes / "out.raw.qcow2snap").symlink_to(precious)
-    command.qcow2snap("copy", image, "empty", out)
+    line = command.fails("copy", image, "empty", out)
+    assert "cannot keep a record of what" in line
+    assert "it is there and is something else" in line
     assert precious.read_text() == "precious"
-    assert not (without_attributes / "out.raw.qcow2snap").is_symlink()
+    assert (without_attributes / "out.raw.qcow2snap").is_symlink()
+
+
+def test_another_file_of_that_name_is_left_alone(image: Path, backup: Path) -> None:
+    mine = backup.with_name("disk.raw.qcow2snap")
+    mine.write_text("mine")
+    command.qcow2snap("copy", image, "--since", "mon", "tue", backup)
+    command.qcow2snap("copy", image, "--since", "tue", "--in-place", "mon", backup)
+    assert mine.read_text() == "mine"
 
 
 def test_without_room_for_the_attribute_a_file_beside_it_does(image: Path, backup: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_next_run_removes_what_a_killed_one_left(
         process.kill()
         process.wait(60)
     assert parts(tmp_path)
-    others = [".qcow2snap-01234567-1-01234567.part", f"{parts(tmp_path)[0]}.part"]
+    others = [".qcow2snap-01234567-0123456789abcdef.part", f"{parts(tmp_path)[0]}.part"]
     for name in others:
         (tmp_path / name).touch()
     command.qcow2snap(*line)

@@ -139,9 +139,14 @@ def as_active(path: Path, snapshot: str, *, vm_state: bool = False) -> Path:
         storage.close()
         per_l1 = header.cluster_size * (header.cluster_size // (16 if header.extended_l2 else 8))
         size = -(-size // per_l1) * per_l1 + -(-s.vm_state_size // 512) * 512
-    patch(copy, 24, struct.pack(">Q", size))
-    patch(copy, 36, struct.pack(">IQ", s.l1_size, s.l1_table_offset))
+    activate(copy, s, size)
     return copy
+
+
+def activate(path: Path, s: Snapshot, size: int) -> None:
+    """Make a snapshot the active disk, of that size, by changing the header alone."""
+    patch(path, 24, struct.pack(">Q", size))
+    patch(path, 36, struct.pack(">IQ", s.l1_size, s.l1_table_offset))
 
 
 def snapshot_content(path: Path, snapshot: str) -> bytes:

@@ -19,13 +19,15 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from .errors import Error
+from .typed import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+    from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted = 0

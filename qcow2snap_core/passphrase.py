@@ -10,7 +10,6 @@ import os
 import sys
 
 from .errors import UsageError, reason, shown
-from .interrupts import raising
 
 _LONGEST = 64 << 10  # bytes; a device that never ends must not fill the memory
 
@@ -31,6 +30,8 @@ def _ask(key: str) -> bytes:
         raise UsageError(f"{key}=- asks on a terminal, there is none: use {key}=+FILE")
     try:
         from getpass import getpass
+
+        from .interrupts import raising
 
         with raising():
             return os.fsencode(getpass("passphrase: "))

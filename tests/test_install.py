@@ -57,7 +57,9 @@ def package_folder(root: Path) -> Path:
 def test_every_part_is_in_its_place(installed: Path) -> None:
     package = package_folder(installed).relative_to(installed)
     sources = {f"{package}/{f.relative_to(ROOT)}" for f in (ROOT / "qcow2snap_core").rglob("*.py")}
+    engine = f"{package}/qcow2snap_core/_native/engine.abi3.so"
     assert files(installed) == sources | {
+        engine,
         f"{package}/qcow2snap_core/py.typed",
         f"{nbdkit_config('plugindir')[1:]}/{PLUGIN}",
         "usr/bin/qcow2snap",

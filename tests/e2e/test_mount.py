@@ -102,7 +102,8 @@ def encrypted(path: Path, secret: Path) -> None:
 @pytest.mark.parametrize("length", [13, 64 * KiB])  # a pipe takes no more than 64 KiB
 def test_an_encrypted_image_with_its_secret_kept_out_of_sight(tmp_path: Path, length: int) -> None:
     path, where = tmp_path / "disk.qcow2", tmp_path / "mnt"
-    secret = "correct horse".ljust(length, "!")
+    words = f"correct horse {os.getpid()}"
+    secret = words.ljust(length, "!")
     where.mkdir()
     (tmp_path / "secret").write_text(secret)
     encrypted(path, tmp_path / "secret")
@@ -110,7 +111,7 @@ def test_an_encrypted_image_with_its_secret_kept_out_of_sight(tmp_path: Path, le
     with started(*line) as process:
         until((where / "disk").exists, process)
         assert (where / "disk").read_bytes() == b"\7" * 64 * KiB + bytes(SIZE - 64 * KiB)
-        assert processes_with("correct horse") == []
+        assert processes_with(words) == []
 
 
 def test_a_passphrase_of_two_lines_is_refused_and_not_cut(tmp_path: Path) -> None:

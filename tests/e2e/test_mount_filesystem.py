@@ -90,7 +90,7 @@ def test_the_files_are_there_until_interrupted(disk: Path, where: Path, number: 
         assert process.stdout.readline() == f"{where} is there until Ctrl-C\n"
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert_nothing_is_left(disk, where)
     assert digest(disk) == before
 

@@ -186,7 +186,8 @@ def test_a_signal_at_any_moment_leaves_no_traceback_and_nothing_half(
 @pytest.mark.parametrize("number", ["INT", "HUP"])
 def test_what_is_ignored_stays_ignored(disk, tmp_path, number):
     """As by nohup, or in the background of a shell without job control."""
-    line = f'trap \'\' {number}; $Q copy "$1" s "$2" & sleep 0.2; kill -{number} $!; wait $!'
+    sending = f"while kill -{number} $! 2>&-; do sleep 0.01; done"
+    line = f'trap \'\' {number}; $Q copy "$1" s "$2" & {sending}; wait $!'
     done = shell(line, disk, tmp_path / "raw")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "raw").read_bytes() == qemu.content(disk, "s")

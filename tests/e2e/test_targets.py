@@ -316,6 +316,6 @@ def test_an_update_in_place_needs_the_file_alone(shared: Path) -> None:
     out.write_bytes(bytes(MiB))
     out.chmod(0o666)
     shared.chmod(0o755)
-    words = ["copy", shared / "disk.qcow2", "--since", "s", "s", out]
+    words = ["copy", shared / "disk.qcow2", "--since", "s", "--trust-base", "s", out]
     assert command.as_nobody(*words).returncode == 1
     assert command.as_nobody(*words, "--in-place").returncode == 0

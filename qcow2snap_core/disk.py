@@ -17,7 +17,7 @@ from .errors import Error, ImageError, StorageError, shown
 from .guard import Guard
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
 from .native import LayerDescription, make_reader
-from .storage import Buffer, Storage
+from .storage import Buffer, Storage, check_open
 from .typed import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -174,6 +174,10 @@ class Disk:
     def check(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
         self._guard.check()
+
+    def check_open(self) -> None:
+        """Raises ValueError when the image was closed."""
+        check_open(self._mapping.storage)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as ALLOCATED and HOLE_ZERO extents, coalesced, from the tables alone.
@@ -360,6 +364,7 @@ def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
     Those before a damaged table are handed out first, then its error is raised.
     """
     size = _BATCH
+    files = {disk.mapping.storage for disk in disks}
     while True:
         damage: Error | None = None
         batch: list[_T] = []
@@ -369,7 +374,11 @@ def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
             damage = e
         for disk in disks:
             disk.check()  # if one is gone, that is the reason for anything
-        yield from batch
+        for item in batch:
+            for file in files:
+                if file.closed:
+                    check_open(file)
+            yield item
         if damage is not None:
             raise damage
         if len(batch) < size:

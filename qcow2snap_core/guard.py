@@ -31,7 +31,7 @@ from threading import Lock
 from . import ondisk as q
 from .errors import ImageError, SnapshotGone, escaped, shown
 from .snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
-from .storage import Pieces, Storage
+from .storage import Pieces, Storage, check_open
 from .typed import Final, Protocol
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -80,7 +80,7 @@ class Unguarded:
 
     def check(self) -> None:
         """Raises ValueError when the file was closed: zeros are read without a look at it."""
-        self._storage.size()
+        check_open(self._storage)
 
 
 class SnapshotGuard:

@@ -26,7 +26,7 @@ from .libnbd import is_uri
 from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
-from .storage import Storage, open_storage
+from .storage import Storage, check_open, open_storage
 from .typed import Final, NamedTuple
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
@@ -152,6 +152,7 @@ class Image:
 
         Raises ImageError when the active L1 table is damaged.
         """
+        check_open(self.storage)
         h = self.header
         what = shown(self.path)
         self._check_l1(h.l1_table_offset, h.l1_size, what)
@@ -171,6 +172,7 @@ class Image:
     @property
     def files(self) -> tuple[Storage, ...]:
         """Every file that is open for it: its own, the layers' below, their data files."""
+        check_open(self.storage)
         return tuple(self._shared.storages)
 
     @property
@@ -195,12 +197,13 @@ class Image:
         return self._shared.encrypted
 
     def close(self) -> None:
-        """Close the files.  Whatever is asked of the image or of its disks from now on, or is just
-        being read by another thread, raises ValueError."""
+        """Close the files.  Whatever is asked of the image or of its disks from now on raises
+        ValueError; what another thread is just reading ends as it would have, or so."""
         for storage in self._shared.storages:
             storage.close()
 
     def __enter__(self) -> Image:
+        check_open(self.storage)
         return self
 
     def __exit__(

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Final
 
 from .errors import UsageError, shown
-from .storage import Storage, inode
+from .storage import Storage, check_open, inode
 
 _FIRST_PERMISSION: Final = 100  # RAW_LOCK_PERM_BASE
 _WRITE: Final = 1  # the bit of BLK_PERM_WRITE
@@ -28,6 +28,7 @@ _FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_p
 def check_quiet(files: Iterable[Storage]) -> None:
     """Raises UsageError while another program has one of the files open for writing."""
     for file in files:
+        check_open(file)
         if _is_written(file):
             raise UsageError(
                 f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "

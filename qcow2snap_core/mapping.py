@@ -128,6 +128,11 @@ class Mapping:
             return SubclusterMapping
         return Mapping
 
+    @property
+    def storage(self) -> Storage:
+        """The file that they are in."""
+        return self._storage
+
     def runs(
         self, offset: int, length: int, work: Work | None = None
     ) -> Iterator[tuple[int, int, int, int]]:

@@ -214,7 +214,8 @@ class _Said(Thread):
             if not self._passing:
                 self._lines.append(line)
             elif not self._hushed:
-                print(line, file=sys.stderr, flush=True)
+                with suppress(OSError):  # or they would wait for a reader for ever
+                    print(line, file=sys.stderr, flush=True)
 
     def pass_on(self) -> None:
         """From now on write what they say to our own standard error."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import UsageError, escaped
 from .image import Image
 from .snapshots import Snapshot
 
@@ -40,15 +40,21 @@ def _with(script: Path | None, options: tuple[str, ...]) -> list[str]:
 
 def _installed() -> Path | None:
     """Where ``make install`` or a package put it; without either nbdkit says what it misses."""
-    try:
-        said = subprocess.run(["nbdkit", "--dump-config"], capture_output=True, check=False).stdout
-    except FileNotFoundError:
-        raise _no_nbdkit() from None
-    for line in said.splitlines():
-        key, _, value = line.partition(b"=")
-        if key == b"plugindir" and (found := Path(os.fsdecode(value), _INSTALLED)).exists():
+    for line in _says("--dump-config"):
+        key, _, value = line.partition("=")
+        if key == "plugindir" and (found := Path(value, _INSTALLED)).exists():
             return found
     return None
+
+
+def _says(option: str) -> list[str]:
+    """The lines that nbdkit prints about itself; none if it does not know the option.  Raises
+    UsageError when there is no nbdkit."""
+    try:
+        done = subprocess.run(["nbdkit", option], capture_output=True, check=False)
+    except FileNotFoundError:
+        raise _no_nbdkit() from None
+    return [] if done.returncode else os.fsdecode(done.stdout).splitlines()
 
 
 def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
@@ -73,6 +79,21 @@ def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
         descriptors.append(_file_with(passphrase))
         found.append(f"{key}=-{descriptors[-1]}")
     return found
+
+
+def check_options(arguments: list[str]) -> None:
+    """Raises UsageError for a long option that nbdkit does not have.
+
+    It would print a page, and the option whole: of --passphrase=SECRET the secret as well.
+    """
+    given = [a.partition("=")[0] for a in arguments if a.startswith("--") and a != "--"]
+    known = _says("--long-options") if given else []
+    for name in given:
+        if known and not any(option.startswith(name) for option in known):
+            raise UsageError(
+                f"nbdkit has no option {escaped(name)}: what the plugin is told is KEY=VALUE, "
+                f"such as passphrase=+FILE"
+            )
 
 
 def execute(arguments: list[str]) -> None:

@@ -64,3 +64,4 @@ class RawDisk(io.RawIOBase):
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("the file object is closed")
+        self._disk.check_open()

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from .errors import Error, StorageError, UsageError, shown
 from .libnbd import absolute, libnbd, said, without_secrets
-from .storage import Buffer, Pieces, closed
+from .storage import Buffer, Pieces, check_open, closed
 
 _MOST: Final = 8  # connections
 _PATIENCE: Final = 30.0  # seconds for the first connection
@@ -60,7 +60,7 @@ class RemoteFile:
         self._idle: list[_Connection] = []
         self._made = 0  # and not dropped
         self._limit = 1
-        self._closed = False
+        self.closed = False
         self._size = 0
         self._measured = 0.0
         self._generation = 0  # of the connections that are still used
@@ -78,8 +78,7 @@ class RemoteFile:
 
     def size(self) -> int:
         """The size a second ago; where the server takes one connection only, that at the start."""
-        if self._closed:
-            raise closed(self.path)
+        check_open(self)
         if time.monotonic() - self._measured > _SIZE_HOLDS_FOR:
             self._measure()
         return self._size
@@ -129,7 +128,7 @@ class RemoteFile:
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self.closed = True
             idle, self._idle = self._idle, []
             self._changed.notify_all()
         for connection in idle:
@@ -139,6 +138,7 @@ class RemoteFile:
 
     def _inside(self, length: int, offset: int) -> int:
         """How much of a range is inside the export."""
+        check_open(self)
         if offset + length > self._size:
             # What is short is taken for the file's end, and for damage: so this has to be the end
             # that it has now.
@@ -184,7 +184,7 @@ class RemoteFile:
         except StorageError:
             return False
         with self._changed:
-            if not self._idle and self._made < self._limit and not self._closed:
+            if not self._idle and self._made < self._limit and not self.closed:
                 self._made += 1
                 self._give(connection)
                 return True
@@ -207,10 +207,10 @@ class RemoteFile:
         """One that nobody else uses, of the present generation."""
         while True:
             with self._changed:
-                if self._closed:
-                    raise closed(self.path)
-                while not self._idle and self._made >= self._limit:
+                while not self.closed and not self._idle and self._made >= self._limit:
                     self._changed.wait()
+                if self.closed:
+                    raise closed(self.path)
                 if self._idle:
                     connection = self._idle.pop()
                     if connection.generation == self._generation:
@@ -238,7 +238,7 @@ class RemoteFile:
     def _give(self, connection: _Connection) -> None:
         """Back from :meth:`_take`; whether it still works is looked at here."""
         with self._changed:
-            current = connection.generation == self._generation and not self._closed
+            current = connection.generation == self._generation and not self.closed
             if current and connection.handle.aio_is_ready():
                 self._idle.append(connection)
             else:

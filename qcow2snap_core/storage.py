@@ -34,6 +34,7 @@ Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
 class Storage(Protocol):
     """Something with bytes at host offsets."""
 
+    closed: bool
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
@@ -146,13 +147,16 @@ class File:
         self.directory: str | None = os.path.dirname(real)
         self.trusted = self.directory
         self.inode = inode(os.fstat(fd))
-        self._descriptor = Descriptor(path, fd)
+        self.closed = False
+        self._descriptor = Descriptor(fd)
         self._fd = fd
         self.plain_fd: int | None = fd
 
     def size(self) -> int:
-        self._descriptor.check_open()
-        return os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):  # the one call that a closed descriptor answers
+            raise closed(self.path)
+        return status.st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
         if offset > _MAX_OFFSET - len(buffer):
@@ -212,7 +216,6 @@ class File:
             offset = data
 
     def _seek(self, offset: int, whence: int, end: int) -> int:
-        self._descriptor.check_open()
         try:
             return min(os.lseek(self._fd, offset, whence), end)
         except OSError as e:
@@ -227,6 +230,7 @@ class File:
             return  # it was a hint: whoever needs the data will see the error
 
     def close(self) -> None:
+        self.closed = True
         self._descriptor.close()
 
 
@@ -248,7 +252,8 @@ class BlockDevice:
         self.directory: str | None = os.path.dirname(self.absolute)
         self.trusted: str | None = None  # all the machine's devices lie in /dev
         self.inode = inode(os.fstat(fd))
-        self._descriptor = Descriptor(path, fd)
+        self.closed = False
+        self._descriptor = Descriptor(fd)
         self._fd = fd
         import mmap
 
@@ -256,7 +261,6 @@ class BlockDevice:
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
     def size(self) -> int:
-        self._descriptor.check_open()
         try:
             return os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as e:
@@ -304,6 +308,7 @@ class BlockDevice:
         """Nothing: what the kernel would fetch goes where this class does not look."""
 
     def close(self) -> None:
+        self.closed = True
         self._descriptor.close()
 
 
@@ -312,27 +317,35 @@ class Descriptor:
 
     The system gives the number of a closed descriptor to the next file that is opened, so a read
     that comes late, or is just on its way in another thread, would return that file's bytes.  A
-    closed one is therefore replaced by one that cannot be read (EBADF), and given back when what
-    read from it is gone: no read has to ask or to count.
+    closed one is therefore replaced by one that can neither be read nor positioned (EBADF), and
+    given back when what read from it is gone: no read has to ask or to count.
     """
 
-    def __init__(self, path: str, fd: int) -> None:
-        self._path = path
+    def __init__(self, fd: int) -> None:
+        """Owns the descriptor."""
         self._fd = fd
-        self._closed = False
         weakref.finalize(self, os.close, fd)
+        _unreadable()  # now, since at the limit of open files there is none when it is needed
 
     def close(self) -> None:
         """From now on every read fails; harmless when called again."""
-        self._closed = True
-        unreadable = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(unreadable, self._fd, inheritable=False)
-        os.close(unreadable)
+        os.dup2(_unreadable(), self._fd, inheritable=False)
 
-    def check_open(self) -> None:
-        """Raises ValueError once it is closed."""
-        if self._closed:
-            raise closed(self._path)
+
+_no_file: int | None = None
+
+
+def _unreadable() -> int:
+    global _no_file
+    if _no_file is None:
+        _no_file = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    return _no_file
+
+
+def check_open(storage: Storage) -> None:
+    """Raises ValueError once it is closed."""
+    if storage.closed:
+        raise closed(storage.path)
 
 
 def closed(path: str) -> ValueError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +160,38 @@ def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(package_folder(installed))}
     said = qemu.run(installed / "usr/bin/qcow2snap", "--version", env=environment, cwd=tmp_path)
     assert said.startswith(f"qcow2snap {qcow2snap_core.__version__} (native engine: ")
+
+
+def test_the_installed_command_ends_as_a_program_does_from_its_first_line(
+    installed: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in what it imports, wherever that is: here in the first thing."""
+    (tmp_path / "qcow2snap_core").mkdir()
+    (tmp_path / "qcow2snap_core" / "__init__.py").write_text("print(flush=True); input()")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [installed / "usr/bin/qcow2snap"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == -signal.SIGINT
+
+
+def test_the_installed_command_sees_what_python_sees(installed: Path, tmp_path: Path) -> None:
+    """It begins without the module site, and makes up for it."""
+    (tmp_path / "qcow2snap_core").mkdir()
+    (tmp_path / "qcow2snap_core" / "__init__.py").write_text("import sys; sys.exit(str(sys.path))")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    line = [installed / "usr/bin/qcow2snap"]
+    said = subprocess.run(line, env=environment, capture_output=True, text=True, check=False).stderr
+    expected = qemu.run("/usr/bin/python3", "-c", "import sys; print(sys.path)", env=environment)
+    assert ast.literal_eval(said)[1:] == ast.literal_eval(expected)[1:]
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,14 @@ COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mo
 #: Those that do something; what the others print is what they are called for.
 _DOING = ("copy", "split", "join", "mount", "serve")
 
+#: The statuses of what was printed whole: done, and what ``check`` found.
+_WITH_OUTPUT = (0, 3)
+
 
 def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
-    take(reports_only=any(word in _DOING for word in sys.argv[1:2]))
+    asked = {"-h", "--help"} & set(sys.argv)
+    take(reports_only=not asked and any(word in _DOING for word in sys.argv[1:2]))
     with ending():
         status = main()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
@@ -41,12 +45,23 @@ def command() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if none is given); returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = _parser(_needed(argv)).parse_args(argv)
+    status = _run(sys.argv[1:] if argv is None else argv)
     try:
-        status: int = args.run(args)
         sys.stdout.flush()
+    except OutputLost as e:
+        if status in _WITH_OUTPUT:
+            return _lost(e)
+        give_up_output()  # the error or the signal that ended it is what counts
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = _parser(_needed(argv)).parse_args(argv)
+        status: int = args.run(args)
         return status
+    except SystemExit as e:  # of argparse: help, version, or a usage error that it has printed
+        return int(e.code or 0)
     except Error as e:
         return _fail(str(e))
     except Interrupted as e:
@@ -54,11 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OutputLost as e:
-        give_up_output()
-        # Whoever closed a pipe has seen enough.
-        return 1 if e.errno == errno.EPIPE else _fail(f"write error: {reason(e)}")
+        return _lost(e)
     except OSError as e:
         return _fail(failed(e))
+
+
+def _lost(e: OutputLost) -> int:
+    give_up_output()
+    # Whoever closed a pipe has seen enough.
+    return 1 if e.errno == errno.EPIPE else _fail(f"write error: {reason(e)}")
 
 
 def _fail(message: str) -> int:

@@ -5,7 +5,6 @@ status is 0 if it is clean, 3 if it is damaged, 1 if it could not be checked."""
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Final
 
 from ..check import check
@@ -13,6 +12,7 @@ from ..errors import escaped, shown
 from ..findings import MOST, Finding
 from ..snapshots import Choice, choose
 from .common import add_image_options, open_from, print_json
+from .streams import say
 
 HELP = "look for damage in the metadata"
 EXAMPLE = "qcow2snap check disk.qcow2"
@@ -36,10 +36,9 @@ def run(args: argparse.Namespace) -> int:
             chosen = choose(image.table(), Choice(args.snapshot), image.path)
         findings = check(image, chosen)
         if image.header.dirty:
-            print(
-                f"qcow2snap: {shown(image.path)} is marked dirty, its refcounts are not up to "
-                f"date and were not compared: qemu-img check -r all brings them up to date",
-                file=sys.stderr,
+            say(
+                f"{shown(image.path)} is marked dirty, its refcounts are not up to date and were "
+                f"not compared: qemu-img check -r all brings them up to date"
             )
     if args.json:
         print_json(_object(f) for f in findings)
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         for f in findings:
             print(f"{f.problem}: {f.message}{_whose(f)}")
     if len(findings) >= MOST:
-        print(f"qcow2snap: stopped after {MOST} findings", file=sys.stderr)
+        say(f"stopped after {MOST} findings")
     return DAMAGED if findings else 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from ..snapshots import Snapshot, Table, date
 from ..space import exclusive_sizes
 from ..units import binary
 from .common import ACTIVE, add_image_options, of_all, open_from, print_json, print_table
+from .streams import say
 from .strips import text
 
 HELP = "the snapshots, and the space that each takes alone"
@@ -56,10 +56,9 @@ def run(args: argparse.Namespace) -> int:
         print_table([_TITLES, *(_row(s, size) for s, size in listed)], _NUMBERS)
     if odd:
         more = f" (and {len(odd) - 1} more like this)" if len(odd) > 1 else ""
-        print(
-            f"qcow2snap: {shown(image.path)}: {odd[0]}{more}: it is listed as it stands, "
-            f"qcow2snap check tells all that is wrong",
-            file=sys.stderr,
+        say(
+            f"{shown(image.path)}: {odd[0]}{more}: it is listed as it stands, "
+            f"qcow2snap check tells all that is wrong"
         )
     if table.damage:
         raise ImageError(f"{shown(args.file)}: the snapshot table is damaged: {table.damage}")

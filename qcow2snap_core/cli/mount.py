@@ -10,12 +10,14 @@ with the privileges of whoever started them: do that as an ordinary user, not as
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 from ..errors import escaped
 from ..interrupts import deferred
 from ..mount import mount, mount_filesystem
 from ..snapshots import Choice, choose
 from .common import add_image_options, open_from
+from .streams import OutputLost
 
 HELP = "show a snapshot as a raw disk, or its files, in a directory"
 EXAMPLE = "qcow2snap mount disk.qcow2 nightly /mnt/nightly"
@@ -32,7 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     def ready(path: str) -> None:
-        print(f"{escaped(path)} is there until Ctrl-C", flush=True)
+        with suppress(OutputLost):  # no reason to end; the last flush will find it again
+            print(f"{escaped(path)} is there until Ctrl-C", flush=True)
 
     show = mount_filesystem if args.filesystem else mount
     with open_from(args) as image, deferred():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..nbdkit import execute, nbdkit_to_run
+from ..nbdkit import check_options, execute, nbdkit_to_run
 
 HELP = "serve snapshots over NBD, with nbdkit"
 EXAMPLE = "qcow2snap serve disk.qcow2 nightly -f -U /tmp/nightly.sock"
@@ -26,5 +26,6 @@ def run(args: argparse.Namespace) -> int:
     snapshot = []
     if rest and not rest[0].startswith("-") and "=" not in rest[0]:
         snapshot = [f"snapshot={rest.pop(0)}"]
+    check_options(rest)
     execute([*nbdkit_to_run(), f"file={args.file}", *snapshot, *rest])
     return 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import command, qemu
 from support.qemu import KiB, MiB
 from support.running import eventually, processes_with, started, until
+from support.server import ROOT
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="no FUSE here")
 
@@ -56,6 +58,23 @@ def test_after_a_kill_nothing_stays_mounted(image: Path, tmp_path: Path) -> None
         process.kill()
         process.wait(60)
         eventually(lambda: not os.path.ismount(tmp_path))
+
+
+@pytest.mark.parametrize("stream", [">/dev/full", ">&-", "2>/dev/full", ">&- 2>&- <&-"])
+def test_it_is_there_whether_that_can_be_said_or_not(
+    image: Path, tmp_path: Path, stream: str
+) -> None:
+    line = f'exec "$@" {stream}'
+    words = ["-m", "qcow2snap_core", "mount", image, "one", tmp_path]
+    process = subprocess.Popen(["sh", "-c", line, "sh", sys.executable, *words], cwd=ROOT)
+    try:
+        eventually(lambda: process.poll() is not None or (tmp_path / "disk").exists())
+        assert (tmp_path / "disk").read_bytes() == qemu.content(image, "one")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def test_one_partition(tmp_path: Path) -> None:

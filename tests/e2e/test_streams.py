@@ -63,6 +63,35 @@ def test_whoever_has_read_enough_gets_no_complaint(disk):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "copy --help"])
+def test_help_that_cannot_be_written_is_an_error_too(words):
+    for where, why in ((">/dev/full", "no space left on device"), (">&-", "bad file descriptor")):
+        done = shell(f"$Q {words} {where}")
+        assert (done.returncode, done.stderr) == (1, f"qcow2snap: write error: {why}\n")
+
+
+def test_an_error_behind_a_lost_listing_is_the_one_line(disk, tmp_path):
+    """The list of what there is, then what is damaged."""
+    broken = tmp_path / "broken"
+    broken.write_bytes(disk.read_bytes())
+    qemu.patch(broken, 60, (3).to_bytes(4, "big"))  # of two snapshots
+    said = shell('$Q list "$1"', broken)
+    assert said.stdout.count("\n") > 1
+    for where in (">/dev/full", ">&-"):
+        done = shell(f'$Q list "$1" {where}', broken)
+        assert (done.returncode, done.stderr) == (1, said.stderr)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
+def test_a_note_that_cannot_be_said_changes_nothing(disk, tmp_path, closed):
+    dirty = tmp_path / "dirty"
+    dirty.write_bytes(disk.read_bytes())
+    qemu.patch(dirty, 79, b"\1")
+    done = shell('$Q check "$1"', dirty)
+    assert (done.returncode, "is marked dirty" in done.stderr) == (0, True)
+    assert shell(f'$Q check "$1" {closed}', dirty).returncode == 0
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"])
 def test_a_copy_is_made_whatever_is_closed(disk, tmp_path, closed):
     done = shell(f'$Q copy "$1" s "$2" {closed}', disk, tmp_path / "raw")
@@ -216,6 +245,24 @@ def test_a_usage_error_is_one_line_that_repeats_no_value(disk, words):
     assert SECRET not in said
     assert said.startswith("qcow2snap: ")
     assert said.endswith("--help says what there is")
+
+
+@pytest.mark.parametrize(
+    "words", [["--passphras", SECRET], [f"--passphrase={SECRET}"], ["s", f"--pass={SECRET}", "-f"]]
+)
+def test_serve_lets_nbdkit_repeat_no_secret_either(disk, words):
+    line = [*COMMAND, "serve", str(disk), *words]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    [said] = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said.startswith("qcow2snap: nbdkit has no option --pass")
+    assert said.endswith("such as passphrase=+FILE")
+    assert SECRET not in said
+
+
+def test_serve_leaves_nbdkit_its_abbreviations(disk):
+    done = shell('$Q serve "$1" s -U - --filt=cow --run \'nbdinfo --size "$uri"\'', disk)
+    assert (done.returncode, done.stdout) == (0, f"{4 * MiB}\n")
 
 
 def test_options_are_not_abbreviated(disk):

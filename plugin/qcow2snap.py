@@ -60,7 +60,10 @@ def _reported(callback):
 
 def _report():
     # Imported here: what it needs takes a quarter of the whole start.
-    from qcow2snap_core.reports import in_one_line
+    try:
+        from qcow2snap_core.reports import in_one_line
+    except MemoryError:  # of which there may not be enough even for that
+        raise MemoryError("out of memory") from None
 
     in_one_line()
 

@@ -175,6 +175,7 @@ def test_reads_of_a_remote_file_under_way_end_too(path: Path) -> None:
 
 def test_the_number_is_given_back_in_the_end(path: Path) -> None:
     qcow2snap_core.open(str(path)).close()  # what is opened once for all
+    gc.collect()  # what earlier tests have left
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with qcow2snap_core.open(str(path)) as image:

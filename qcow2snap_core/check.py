@@ -33,6 +33,7 @@ from .findings import (
     TooManyError,
 )
 from .image import Image
+from .mapping import COMPRESSED
 from .refcounts import Refcounts, Uses
 from .snapshots import Snapshot
 
@@ -193,22 +194,37 @@ class _Check:
         used = reduce(or_, entries, 0)
         return bool(
             used & ~(q.OFFSET_MASK & -header.cluster_size | flags)
-            or max(entries) >= self._claims.end
+            or max(entries) >= self._claims.end - header.cluster_size  # it may be cut off
         )
 
     def _judge(self, index: int, owners: list[Owner]) -> None:
         """Look at each cluster as a reader does, and report what it cannot read."""
         disk = owners[0].disk
         span, cluster = disk.mapping.bytes_per_l1_entry, disk.cluster_size
+        seen = max(owner.disk.size for owner in owners)  # nobody sees more of a disk's last cluster
         for guest in range(index * span, (index + 1) * span, cluster):
+            length = min(cluster, seen - guest) if guest < seen else cluster
             try:
                 if self._data_file:  # it is not open: whether it is long enough is not judged
-                    _exhaust(disk.mapping.runs(guest, cluster))
-                else:
-                    _exhaust(disk.cells(guest, cluster))
+                    _exhaust(disk.mapping.runs(guest, length))
+                    continue
+                for *_, kind, entry in disk.cells(guest, length):
+                    if kind == COMPRESSED:
+                        self._judge_stream(f"{disk.name}: guest offset {guest:#x}", entry)
             except ImageError as e:
                 where = f"{disk.name}: guest offset {guest:#x}: " if self._data_file else ""
                 self._findings.add(BAD_ENTRY, f"{where}{e}", owners)
+
+    def _judge_stream(self, where: str, entry: int) -> None:
+        """It may decode all the same, but QEMU says of no stream that it has more sectors than
+        the file."""
+        offset, length = self._image.stream(entry)
+        end = self._image.storage.size()
+        if offset + length > -(-end // q.SECTOR) * q.SECTOR:
+            raise ImageError(
+                f"{where}: the compressed cluster at host offset {offset:#x} "
+                f"is cut off at the end of the file ({end} bytes)"
+            )
 
     def _clusters(self, entries: Sequence[int]) -> Iterator[int]:
         """The clusters of the file that the entries refer to, each as often as they do."""

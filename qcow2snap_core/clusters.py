@@ -1,8 +1,9 @@
 """What the bytes of a run are: read as they stand, or decoded and kept for the next request.
 
-Short reads are judged here.  QEMU extends a file only as far as it has written, so the last
-cluster may be cut short and the rest of it reads as zeros; and it does not pad the last
-compressed stream to a full sector.  Anything else past the end of the file is damage.
+Short reads are judged here.  What a guest can see of a cluster lies inside the file, whatever QEMU
+made it (docs/validation.md, "The end of the file"), so bytes of a standard cluster past the end are
+lost.  A compressed stream is said to fill whole sectors, of which QEMU writes only what it needs:
+whether something is missing, only the decoder can tell.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ def _end(storage: Storage, offset: int, got: int) -> int:
     return offset + got if got else min(offset, storage.size())
 
 
+def _stream_past_end(offset: int, end: int) -> ImageError:
+    return ImageError(
+        f"the compressed cluster at host offset {offset:#x} "
+        f"lies past the end of the file ({end} bytes)"
+    )
+
+
 class Clusters:
     """Reads the data of one qcow2 file's clusters."""
 
@@ -76,8 +84,7 @@ class Clusters:
         sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
         got = self._data.read_into(buffer, host)
         if got < len(buffer):
-            self._check_end(host, len(buffer), _end(self._data, host, got))
-            fill_zeros(memoryview(buffer)[got:])
+            raise self._past_end(host, _end(self._data, host, got))
 
     def read_compressed(
         self, view: memoryview, entry: int, token: int, guest: int, within: int
@@ -108,16 +115,21 @@ class Clusters:
         self._data.will_need(host, length)
 
     def locate(self, compressed: bool, host: int, length: int) -> int:
-        """The host offset of a run's bytes, once it is sure that the file reaches that far.
+        """The host offset of a run's bytes, once it is sure that the file reaches that far; of a
+        compressed cluster, that its stream begins in the file.
 
         Raises ImageError where it does not.
         """
         if not compressed:
-            self._check_end(host, length, self._data.size())
+            end = self._data.size()
+            if host + length > end:
+                raise self._past_end(host, end)
             return host
         offset, length = self.stream(host)
         self._check_start(offset)
-        self._check_stream(offset, length, self._file.size())
+        end = self._file.size()
+        if offset >= end:
+            raise _stream_past_end(offset, end)
         return offset
 
     # --- Inside ---
@@ -133,12 +145,14 @@ class Clusters:
         offset, length = self.stream(entry)
         self._check_start(offset)
         stream = self._file.read(length, offset)
-        if len(stream) < length:
-            self._check_stream(offset, length, _end(self._file, offset, len(stream)))
+        if not stream:
+            raise _stream_past_end(offset, _end(self._file, offset, 0))
         try:
             return decode(stream)
         except ImageError as e:
-            raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}") from e
+            cut = len(stream) + q.SECTOR <= length  # the rest of the last sector is no loss
+            end = f" (cut off at the end of the file, {offset + len(stream)} bytes)" if cut else ""
+            raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}{end}") from e
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length in bytes up to the end of its last sector) of a compressed
@@ -151,21 +165,13 @@ class Clusters:
         if offset < self._size:
             raise ImageError(f"the compressed cluster at host offset {offset:#x} is in the header")
 
-    def _check_end(self, host: int, length: int, end: int) -> None:
-        """The file's last cluster counts as whole, however little of it was written."""
-        if host + length > -(-end // self._size) * self._size:
-            raise ImageError(
-                f"the data cluster at host offset {host & -self._size:#x} "
-                f"lies past the end of the file ({end} bytes)"
-            )
-
-    def _check_stream(self, offset: int, length: int, end: int) -> None:
-        """So does its last sector for a compressed stream."""
-        if offset + length > -(-end // q.SECTOR) * q.SECTOR:
-            raise ImageError(
-                f"the compressed cluster at host offset {offset:#x} "
-                f"lies past the end of the file ({end} bytes)"
-            )
+    def _past_end(self, host: int, end: int) -> ImageError:
+        """The first cluster, from the one at ``host`` on, that is not wholly in the file."""
+        cluster = max(host, end) & -self._size
+        how = "lies past" if cluster >= end else "is cut off at"
+        return ImageError(
+            f"the data cluster at host offset {cluster:#x} {how} the end of the file ({end} bytes)"
+        )
 
 
 class EncryptedClusters(Clusters):

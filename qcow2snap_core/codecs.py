@@ -109,6 +109,7 @@ class Zstd(Codec):
             ) from e
         self._error = zstandard.ZstdError
         self._parameters = zstandard.get_frame_parameters
+        self._unknown = zstandard.CONTENTSIZE_UNKNOWN
         self._contexts: Pool[Any] = Pool(
             lambda: zstandard.ZstdDecompressor(max_window_size=self._USUAL_WINDOW)
         )
@@ -117,31 +118,26 @@ class Zstd(Codec):
 
     def decode_into(self, stream: bytes, target: memoryview) -> None:
         size = len(target)
-        data = bytearray(size + 1)  # as for Zlib
         try:
-            if self._parameters(stream).window_size > self._USUAL_WINDOW:
+            frame = self._parameters(stream)
+            if frame.content_size not in (size, self._unknown):  # or that much would be allocated
+                if frame.content_size > size:
+                    raise _too_long()
+                raise _too_short(frame.content_size, size)
+            if frame.window_size > self._USUAL_WINDOW:
                 with self._one_large:
-                    got = self._read(self._large, stream, data)
+                    data = self._large.decompress(stream, max_output_size=size)
             else:
                 context = self._contexts.take()
                 try:
-                    got = self._read(context, stream, data)
+                    data = context.decompress(stream, max_output_size=size)
                 finally:
                     self._contexts.give(context)
         except self._error as e:
-            raise ImageError(f"its zstd frame is damaged ({e})") from e
-        if got > size:
-            raise _too_long()
-        if got < size:
-            raise _too_short(got, size)
-        target[:] = memoryview(data)[:size]
-
-    @staticmethod
-    def _read(context: Any, stream: bytes, data: bytearray) -> int:
-        # One call: it stops at the frame's end, a second would take the padding for a frame.
-        with memoryview(data) as view:
-            got: int = context.stream_reader(stream).readinto(view)
-        return got
+            raise ImageError(f"its zstd frame is damaged or goes on past the cluster ({e})") from e
+        if len(data) < size:
+            raise _too_short(len(data), size)
+        target[:] = data
 
 
 def deflate() -> Codec:

@@ -134,8 +134,8 @@ class RemoteFile:
     def _inside(self, length: int, offset: int) -> int:
         """How much of a range is inside the export."""
         if offset + length > self._size:
-            # What is short is taken for the file's end, and its last cluster filled with zeros: so
-            # this has to be the end that it has now.
+            # What is short is taken for the file's end, and for damage: so this has to be the end
+            # that it has now.
             self._measure()
         return max(0, min(length, self._size - offset))
 

@@ -73,6 +73,10 @@ def test_a_frame_of_another_length_than_the_cluster(stream: bytes, data: bytes, 
         MAGIC + b"\x61\x07\x00\x01" + RLE_512_A,  # dictionary 7
         MAGIC + b"\x00\xf8" + RLE_512_A,  # a window of 2 TiB
         b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd",  # a skippable frame
+        # All 512 bytes, but in a block that is not the last: QEMU wants the end of the frame.
+        MAGIC + WINDOW_1K + b"\x02\x10\x00A",
+        MAGIC + WINDOW_1K + b"\x02\x10\x00A" + bytes(300),
+        MAGIC + SINGLE_SEGMENT_512 + b"\x02\x10\x00A",
     ],
 )
 def test_a_damaged_frame(stream: bytes) -> None:
@@ -83,8 +87,9 @@ def test_a_damaged_frame(stream: bytes) -> None:
 def test_a_damaged_checksum() -> None:
     frame = zstandard.ZstdCompressor(write_checksum=True).compress(NUMBERS)
     assert Zstd().decode(frame, 512) == NUMBERS
-    with pytest.raises(ImageError, match="damaged"):
-        Zstd().decode(frame[:-1] + bytes([frame[-1] ^ 1]), 512)
+    for wrong in (frame[:-1] + bytes([frame[-1] ^ 1]), frame[:-1], frame[:-4]):
+        with pytest.raises(ImageError, match="damaged"):
+            Zstd().decode(wrong, 512)
 
 
 def judged(codec: Codec, stream: bytes, size: int) -> Any:

@@ -9,7 +9,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-test
-.PHONY: mutants fuzz install uninstall deb rpm clean
+.PHONY: mutants differential fuzz native install uninstall deb rpm clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -20,11 +20,15 @@ help:
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
-	@echo "                     and build/bench.svg"
+	@echo "                     and build/bench.svg; ROWS='plain luks/copy' chooses rows, ROUNDS=3 how often,"
+	@echo "                     ENGINES=native,python measures the plugin with both, side by side"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
+	@echo "make differential    2,000 images made by random commands of QEMU's tools, and all that we say of"
+	@echo "                     them held against QEMU (half an hour; SEEDS= FROM= for others)"
 	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
+	@echo "make native          compile the native engine in place; make deps does it too"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
 	@echo "make deps-test       the same for the tests"
 	@echo "make install         plugin, package, command, man pages and completion, for the system;"
@@ -36,9 +40,16 @@ help:
 
 deps:
 	@packaging/install-deps run
+	@$(MAKE) -s native
 
 deps-test:
 	@packaging/install-deps test
+	@$(MAKE) -s native
+
+ENGINE := qcow2snap_core/_native/engine.abi3.so
+native: $(ENGINE)
+$(ENGINE): $(wildcard qcow2snap_core/_native/*.[ch]) packaging/build-native
+	@packaging/build-native
 
 # Any character may stand in a file's or snapshot's name, so the shell is not to parse them.
 export FILE SNAPSHOT
@@ -48,13 +59,23 @@ demo: deps
 test: lint check
 
 TESTS ?= tests
+# What a read gives must not depend on the engine: these run once more without the native one.
+READING := tests/test_disk.py tests/test_guard.py tests/test_raw.py tests/test_clusters.py \
+	tests/e2e/test_matrix.py tests/e2e/test_disks.py tests/e2e/test_read_errors.py \
+	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
+	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py
 check: deps-test
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
+ifeq ($(TESTS),tests)
+	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 $(READING)
+endif
 
 ROUNDS ?= 5
+ROWS ?=
+ENGINES ?= plugin
 bench:
 	@packaging/install-deps bench
-	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --json build/bench.json
+	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --engines $(ENGINES) --json build/bench.json $(ROWS)
 	$(PYTHON) benchmarks/chart.py build/bench.json build/bench.svg
 
 # One test at a time: each makes load enough for a machine.
@@ -67,6 +88,12 @@ compare-live: deps-test
 COUNT ?= 20000
 mutants: deps-test
 	$(PYTHON) tests/support/mutants.py $(COUNT)
+
+# A line for each seed that differs, with the command that replays it.
+SEEDS ?= 2000
+FROM ?= 0
+differential: deps-test
+	$(PYTHON) tests/differential.py --seeds $(SEEDS) --from $(FROM)
 
 # atheris comes from PyPI as well, and only here.
 $(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test
@@ -106,5 +133,5 @@ deb rpm:
 	@packaging/build $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build qcow2snap_core/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

@@ -21,20 +21,23 @@ def main(source: str, target: str) -> int:
     from matplotlib import pyplot as plt
 
     result = json.loads(Path(source).read_text())
-    rows = list(result["workloads"].items())[::-1]
+    engine = next(iter(result["engines"]))
+    # The first of the others is qemu-nbd, or qemu-img; rows whose rounds do not agree have no bar.
+    found = [(n, r, r["ratio"][engine][r["others"][0]]) for n, r in result["rows"].items()]
+    rows = [(name, row) for name, row, ratio in found if ratio is not None][::-1]
+    ratios = [ratio for _, _, ratio in found if ratio is not None][::-1]
     names = [name for name, _ in rows]
-    ratios = [row["ratio"]["qemu-nbd"] for _, row in rows]
     figure, axes = plt.subplots(figsize=(8, 0.24 * len(rows) + 1.2))
     axes.barh(names, ratios, color=OURS, height=0.7)
     for y, (ratio, (_, row)) in enumerate(zip(ratios, rows, strict=True)):
         axes.text(ratio, y, f" {ratio:.2g}", va="center", fontsize=7)
-        if row["goal"] is not None:
-            axes.plot([row["goal"]] * 2, [y - 0.4, y + 0.4], color=GOAL, linewidth=1.5)
+        axes.plot([row["goal"]] * 2, [y - 0.4, y + 0.4], color=GOAL, linewidth=1.5)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.tick_params(labelsize=7)
     axes.margins(y=0.01)
     axes.set_title(
-        f"times the rate of qemu-nbd -l in the same run ({result['date']}, {result['machine']});\n"
+        f"times the rate of qemu-nbd -l in the same run ({result['date']}, "
+        f"{result['machine']['cores']} cores, {result['machine']['processor']});\n"
         "the black line is qemu-nbd, the short lines are our goals",
         fontsize=8,
         loc="left",

@@ -40,7 +40,7 @@ def build(folder: Path, name: str) -> Image:
     make, size, with_raw = IMAGES[name]
     path = folder / f"{name}.qcow2"
     raw = folder / f"{name}.raw" if with_raw else None
-    done = folder / f"{name}.done"
+    done = folder / f"{name}.{size}.done"
     if not done.exists():
         for old in folder.glob(f"{name}.*"):
             old.unlink()
@@ -167,7 +167,7 @@ def _to_raw(path: Path, raw: Path, *, encrypted: bool) -> None:
 
 #: How to make it, its size, and whether the raw content is wanted too.
 IMAGES: dict[str, tuple[Callable[[Path, int], None], int, bool]] = {
-    "plain": (_plain, 1 * GiB, True),
+    "plain": (_plain, 512 * MiB, True),
     "4k-clusters": (_small_clusters, 512 * MiB, True),
     "fragmented": (_fragmented, 256 * MiB, True),
     "chain-of-5": (_chain, 512 * MiB, True),

@@ -1,7 +1,8 @@
-"""The three servers that are compared, each started for one measurement and ended after it."""
+"""The servers that are compared, each started for one measurement and ended after it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
@@ -11,9 +12,32 @@ from pathlib import Path
 
 from images import SECRET, SNAPSHOT, Image
 
-PLUGIN = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
+ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = ROOT / "plugin" / "qcow2snap.py"
 EMPTY = Path(__file__).resolve().with_name("empty_plugin.py")
-SERVERS = ("plugin", "qemu-nbd", "file")
+
+# "plugin" is the plugin with the engine that it chooses itself, or that the environment says.
+ENGINES = {"plugin": None, "native": "1", "python": "0"}
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def environment(kind: str) -> dict[str, str]:
+    """What a server of that kind is started with."""
+    found = dict(os.environ)
+    # An installed package has its bytecode: do not measure servers that compile it anew.
+    found.pop("PYTHONDONTWRITEBYTECODE", None)
+    if ENGINES.get(kind) is not None:
+        found["QCOW2SNAP_NATIVE"] = str(ENGINES[kind])
+    return found
+
+
+def engine(kind: str) -> str:
+    """Which engine the plugin runs when it is asked for one: native or python."""
+    line = ["nbdkit", "python", str(PLUGIN), "--dump-plugin"]
+    said = subprocess.run(
+        line, check=True, capture_output=True, text=True, env=environment(kind)
+    ).stdout
+    return "native" if "qcow2snap_native=yes" in said.splitlines() else "python"
 
 
 class Server:
@@ -30,28 +54,24 @@ class Server:
                 return int(line.split()[1]) << 10
         raise OSError("no VmHWM")
 
+    def cpu(self) -> float:
+        """Seconds of CPU so far, the kernel's on its behalf too, of all its threads, also of those
+        that have ended."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) * _TICK
 
-def command(kind: str, image: Image, socket: Path) -> list[str]:
-    """The command line of a server that stays in the foreground."""
-    if kind == "plugin":
+
+def arguments(kind: str, image: Image, plugin: Path = PLUGIN) -> list[str]:
+    """The command line of a server that stays in the foreground, but for its socket."""
+    if kind in ENGINES:
         secret = [f"passphrase={SECRET}"] if image.encrypted else []
         keys = [f"file={image.path}", f"snapshot={SNAPSHOT}", *secret]
-        return ["nbdkit", "-f", "-U", str(socket), "python", str(PLUGIN), *keys]
+        return ["nbdkit", "-f", "python", str(plugin), *keys]
     if kind == "empty":
-        return ["nbdkit", "-f", "-U", str(socket), "python", str(EMPTY)]
+        return ["nbdkit", "-f", "python", str(EMPTY)]
     if kind == "file":
-        return ["nbdkit", "-f", "-U", str(socket), "-r", "file", str(image.raw)]
-    line = [
-        "qemu-nbd",
-        "-r",
-        "-t",
-        "-e",
-        "16",
-        "-k",
-        str(socket),
-        "-l",
-        f"snapshot.name={SNAPSHOT}",
-    ]
+        return ["nbdkit", "-f", "-r", "file", str(image.raw)]
+    line = ["qemu-nbd", "-r", "-t", "-e", "16", "-l", f"snapshot.name={SNAPSHOT}"]
     if image.encrypted:
         line += ["--object", f"secret,id=s,data={SECRET}", "--image-opts"]
         return [*line, f"driver=qcow2,file.filename={image.path},encrypt.key-secret=s"]
@@ -62,14 +82,18 @@ def command(kind: str, image: Image, socket: Path) -> list[str]:
 def serve(kind: str, image: Image) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder, "s")
-        process = subprocess.Popen(
-            command(kind, image, socket), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        program, *rest = arguments(kind, image)
+        line = [program, "-k" if program == "qemu-nbd" else "-U", str(socket), *rest]
+        log = Path(folder, "log")
+        with open(log, "wb") as err:
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stderr=err, env=environment(kind)
+            )
         try:
             uri = f"nbd+unix:///?socket={socket}"
             while not socket.exists() or _refused(uri):
                 if process.poll() is not None:
-                    raise SystemExit(f"{kind} did not start for {image.path.name}")
+                    raise SystemExit(f"{kind} did not start for {image.path}: {log.read_text()}")
                 time.sleep(0.01)
             yield Server(uri, process.pid)
         finally:

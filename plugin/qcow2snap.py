@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 import threading
-import traceback
 
 import nbdkit
 
@@ -18,17 +17,22 @@ _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
     sys.path.insert(0, _checkout)
 
-from qcow2snap_core import Error, Image, UsageError, __version__, codecs, encryption  # noqa: E402
+from qcow2snap_core import Image, UsageError, __version__, codecs, encryption  # noqa: E402
 from qcow2snap_core.disk import Disk  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
 from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.malloc import share_heaps  # noqa: E402
+from qcow2snap_core.native import ENGINE, MISSING  # noqa: E402
 from qcow2snap_core.settings import Settings  # noqa: E402
 from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
 from qcow2snap_core.threadstate import KeptThreadState  # noqa: E402
 
 API_VERSION = 2
 
+# Requests of one connection in parallel need threads whose Python state can be kept, and an nbdkit
+# that survives a client which goes away with several in flight: 1.32 aborts, 1.42 does not, and
+# this function tells them apart.
+PARALLEL = ENGINE is not None and ENGINE.KEEPS_THREADS and hasattr(nbdkit, "peer_tls_dn")
 MOST_EXPORTS = 10_000  # nbdkit_add_export refuses more
 MAX_BLOCK = 0xFFFFFFFF  # "no maximum"
 MIN_PREFERRED = 4096
@@ -39,50 +43,47 @@ _image: Image
 _one_at_a_time = threading.Lock()
 _pinned: tuple[Snapshot, Disk] | None = None  # with snapshot=; the disk keeps its caches warm
 
-# nbdkit prints what this function returns for an exception.  Ours are written for users and are
-# one line; any other is a bug and keeps its traceback.
-_format_exception = traceback.format_exception
+
+def _reported(callback):
+    """What it raises is one line in nbdkit's log.  pread and extents see to that themselves, since
+    another call costs each request."""
+
+    def called(*arguments):
+        try:
+            return callback(*arguments)
+        except Exception:
+            _report()
+            raise
+
+    return called
 
 
-def _one_line(kind, value=None, trace=None, *args, **kwargs):
-    error = kind if value is None else value
-    if isinstance(error, Error):
-        lines = [str(error)]
-    elif isinstance(error, MemoryError):
-        lines = ["out of memory"]
-    else:
-        lines = _format_exception(kind, value, trace, *args, **kwargs)
-    _forget(error, trace)
-    return lines
+def _report():
+    # Imported here: what it needs takes a quarter of the whole start.
+    from qcow2snap_core.reports import in_one_line
 
-
-def _forget(error, trace):
-    """nbdkit 1.32 never frees an exception, nor what its frames hold: whole snapshot tables, for a
-    client that asks for exports which there are not."""
-    error.args = ()
-    error.__context__ = error.__cause__ = error.__traceback__ = None
-    if trace is not None:
-        traceback.clear_frames(trace)
-        trace.tb_next = None
-
-
-traceback.format_exception = _one_line
+    in_one_line()
 
 
 def dump_plugin():
     print(f"qcow2snap_version={__version__}")
+    print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
     for codec, there in {**codecs.available(), "luks": encryption.available()}.items():
         print(f"qcow2snap_{codec}={'yes' if there else 'no'}")
     sys.stdout.flush()
 
 
+@_reported
 def config(key, value):
     _settings.set(key, value)
 
 
+@_reported
 def config_complete():
     global _image, _pinned
     share_heaps()
+    if MISSING:
+        print(f"qcow2snap: {MISSING}", file=sys.stderr)
     _image = _settings.open_image()
     if _image.header.dirty:
         why = "its refcounts may be wrong, its snapshots do not depend on them"
@@ -94,6 +95,8 @@ def config_complete():
 
 
 def thread_model():
+    if PARALLEL:
+        return nbdkit.THREAD_MODEL_PARALLEL
     # One request at a time per connection, on that connection's thread: see threadstate.py.
     return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
@@ -107,11 +110,13 @@ def _snapshots():
     return (snapshot,)
 
 
+@_reported
 def list_exports(readonly, is_tls):
     with _one_at_a_time:
         return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
 
 
+@_reported
 def default_export(readonly, is_tls):
     with _one_at_a_time:
         return default(exports_of(_snapshots())) or ""
@@ -120,14 +125,16 @@ def default_export(readonly, is_tls):
 class Connection:
     """One client's open export."""
 
-    __slots__ = ("disk", "export", "kept")
+    __slots__ = ("disk", "export", "kept", "reader")
 
     def __init__(self, export: Export) -> None:
         self.export = export
         self.disk = _image.disk(export.snapshot, export.vm_state)
-        self.kept = KeptThreadState()
+        self.reader = self.disk.reader
+        self.kept = None if PARALLEL else KeptThreadState()
 
 
+@_reported
 def open(readonly):  # noqa: A001 (nbdkit's name)
     try:
         name = nbdkit.export_name()
@@ -173,7 +180,12 @@ def pread(h, buf, offset, flags):
         h.disk.pread_into(buf, offset)
     except Exception:
         nbdkit.set_error(errno.EIO)
+        _report()
         raise
+
+
+if ENGINE is not None:
+    pread = ENGINE.callback(pread)  # asks h.reader first
 
 
 def extents(h, count, offset, flags):
@@ -182,12 +194,15 @@ def extents(h, count, offset, flags):
         return [next(found)] if flags & nbdkit.FLAG_REQ_ONE else list(found)
     except Exception:
         nbdkit.set_error(errno.EIO)
+        _report()
         raise
 
 
+@_reported
 def cache(h, count, offset, flags):
     h.disk.prefetch(offset, count)
 
 
 def close(h):
-    h.kept.release()
+    if h.kept is not None:
+        h.kept.release()

@@ -14,7 +14,14 @@ The whole of it is in docs/library.md.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+
+# As python3 -m qcow2snap_core, which imports this first: Ctrl-C is not to end in a traceback.
+if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
+    from .interrupts import default
+
+    default()
 
 from .disk import Disk, Extent
 from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
@@ -41,6 +48,7 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     path: str,
     *,
     allow_dirs: Iterable[str] = (),
+    allow_files: Iterable[str] = (),
     backing_format: str | None = None,
     passphrase: str | bytes | None = None,
     l2_cache_size: int = Options().l2_cache_size,
@@ -55,6 +63,11 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     if passphrase is not None:
         passphrases[0] = passphrase.encode() if isinstance(passphrase, str) else passphrase
     options = Options(
-        tuple(allow_dirs), backing_format, passphrases, l2_cache_size, cluster_cache_size
+        tuple(allow_dirs),
+        backing_format,
+        passphrases,
+        l2_cache_size,
+        cluster_cache_size,
+        allow_files=tuple(allow_files),
     )
     return open_image(path, options)

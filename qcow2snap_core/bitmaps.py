@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
+
 from . import ondisk as q
 from .errors import ImageError, shown
 from .header import Header
@@ -16,6 +18,28 @@ from .storage import Storage
 
 #: (what it is, host offset, length in bytes)
 Area = tuple[str, int, int]
+
+# The content of the header extension.
+_EXTENSION: Final = Struct(
+    "nb_bitmaps" / Int32ub,
+    "reserved" / Int32ub,
+    "directory_size" / Int64ub,
+    "directory_offset" / Int64ub,
+)
+_EXTENSION_LENGTH: Final = 24
+
+# The beginning of an entry in the directory; extra data and the name follow, and padding to a
+# multiple of eight bytes.
+_HEAD: Final = Struct(
+    "table_offset" / Int64ub,
+    "table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+_HEAD_LENGTH: Final = 24
 
 _MAX_DIRECTORY_BYTES: Final = 64 << 20  # QCOW2_MAX_BITMAP_DIRECTORY_SIZE: memory to hold it
 _TABLE_BYTES: Final = 64 << 10  # of a table that are held at a time
@@ -29,9 +53,9 @@ def areas(storage: Storage, header: Header) -> Iterator[Area]:
     extension = header.extensions.get(q.EXT_BITMAPS)
     if extension is None or not header.autoclear & q.AUTOCLEAR_BITMAPS:
         return  # some program that knows no bitmaps has written: QEMU ignores them as well
-    if len(extension) != q.BITMAPS_LENGTH:
+    if len(extension) != _EXTENSION_LENGTH:
         raise ImageError(f"the bitmaps' header extension has {len(extension)} bytes")
-    place = q.BITMAPS.parse(extension)
+    place = _EXTENSION.parse(extension)
     offset, size = place.directory_offset, place.directory_size
     if not place.nb_bitmaps or not 0 < size <= _MAX_DIRECTORY_BYTES:
         raise ImageError(
@@ -47,10 +71,10 @@ def areas(storage: Storage, header: Header) -> Iterator[Area]:
 def _bitmaps(storage: Storage, directory: bytes, count: int, cluster: int) -> Iterator[Area]:
     at = 0
     for number in range(count):
-        if at + q.BITMAP_HEAD_LENGTH > len(directory):
+        if at + _HEAD_LENGTH > len(directory):
             raise ImageError(f"the bitmap directory ends before bitmap {number + 1} of {count}")
-        head = q.BITMAP_HEAD.parse(directory[at : at + q.BITMAP_HEAD_LENGTH])
-        end = at + q.BITMAP_HEAD_LENGTH + head.extra_data_size + head.name_size
+        head = _HEAD.parse(directory[at : at + _HEAD_LENGTH])
+        end = at + _HEAD_LENGTH + head.extra_data_size + head.name_size
         if end > len(directory):
             raise ImageError(f"the bitmap directory ends inside bitmap {number + 1} of {count}")
         what = f"bitmap {shown(directory[end - head.name_size : end])}"

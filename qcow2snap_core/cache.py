@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Final, Generic, TypeVar
+
+from .typed import Final, Generic, TypeVar
 
 # Of a value beside its bytes: its object, its key and its places in two dictionaries.  Clusters of
 # 512 bytes would otherwise take twice what the bound says.
@@ -29,6 +30,7 @@ class BoundedCache(Generic[K, V]):
         self._overhead = overhead
         self.used = 0
         self._items: dict[K, V] = {}
+        self.items = self._items
         self._sizes: dict[K, int] = {}
         # Oldest first.  The dictionary has them in that order as well, but looks for its first item
         # behind all the places of those that were dropped.

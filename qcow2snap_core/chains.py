@@ -7,7 +7,8 @@ becomes that of the base, unless a layer is encrypted: then the base holds all o
 *join* writes the layers of a chain into one image, base first, and takes a snapshot after each.
 A layer adds only the clusters that it holds itself.
 
-qemu-img and qemu-nbd write the new images; they are not encrypted and not compressed.
+qemu-img and qemu-nbd write the new images; they are not encrypted and not compressed.  Before they
+get their names, every state is read back and compared with the source (:mod:`.verify`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from .destination import Kind, destination
 from .diff import changes
 from .disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
 from .errors import UsageError, shown
-from .image import Image
+from .image import Image, Options
 from .interrupts import check
 from .libnbd import is_uri
 from .locks import check_quiet
-from .outputs import check_other, check_space, output
+from .ondisk import MAX_CHAIN
+from .outputs import check_space, output
 from .progress import Advance, progress
 from .qemu import qemu_img, writable
 from .snapshots import Snapshot, read_table
-from .transfer import Plan, RawSource, Source, transfer, whole
+from .transfer import Plan, RawSource, transfer, whole
+from .verify import State, Written, images
+
+SPLIT_TARGETS: Final = Kind.DIRECTORY
+JOIN_TARGETS: Final = Kind.FILE
 
 ENDING: Final = ".qcow2"
 ACTIVE: Final = "active"
@@ -41,33 +48,41 @@ Warn = Callable[[str], None]
 class Part(NamedTuple):
     """One image state to be written over the one before it."""
 
-    name: str
-    size: int
-    source: Source
-    plan: Plan
+    state: State
+    plan: Plan  # what of it is written
+
+    @property
+    def name(self) -> str:
+        return self.state.name
+
+    @property
+    def size(self) -> int:
+        return self.state.size
 
 
 # --- split ---
 
 
-def split(image: Image, directory: str, warn: Warn) -> list[str]:
+def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list[str]:
     """Make the chain in a directory that is absent or empty; returns its files, base first.
 
+    With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    _check_directory(directory)
+    destination(directory, SPLIT_TARGETS).check_apart(image.files)
     _check_local(image)
     check_quiet(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
+    if verify:
+        _check_depth(len(parts) + (len(image.chain) - 1 if keep else 0))
     _warn_of_encryption(image, warn)
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
-    with output(directory) as temporary:
+    with output(directory, is_directory=True) as temporary:
         total = _check_room(image, parts, os.path.dirname(temporary), directory)
-        os.mkdir(temporary)
         if os.path.isdir(directory):
             os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
         backing = _kept_backing(image, directory) if keep else None
@@ -78,6 +93,9 @@ def split(image: Image, directory: str, warn: Warn) -> list[str]:
                 _write(part, path, advance)
                 backing = _relative(part.name + ENDING), "qcow2"
         check_quiet(image.files)
+        if verify:
+            images([_overlay(part, temporary, directory) for part in parts], _options(image))
+            check_quiet(image.files)
     return [part.name + ENDING for part in parts]
 
 
@@ -112,8 +130,13 @@ def _states(image: Image, snapshots: Sequence[Snapshot], keep: bool) -> Iterator
     disks = [image.disk(s) for s in snapshots] + [image.active_disk()]
     below: Disk | None = None
     for name, disk in zip([*file_names(snapshots), ACTIVE], disks, strict=True):
-        yield Part(name, disk.size, disk, _changes(below, disk, keep))
+        yield Part(_state(name, disk), _changes(below, disk, keep))
         below = disk
+
+
+def _overlay(part: Part, temporary: str, directory: str) -> Written:
+    now, then = (os.path.join(where, part.name + ENDING) for where in (temporary, directory))
+    return Written(now, then, (), part.state)
 
 
 def _changes(below: Disk | None, disk: Disk, keep: bool) -> Plan:
@@ -145,33 +168,30 @@ def _relative(name: str) -> str:
     return f"./{name}" if ":" in name else name
 
 
+def _check_depth(files: int) -> None:
+    if files > MAX_CHAIN:
+        raise UsageError(
+            f"the chain would have {files} files, more than the {MAX_CHAIN} that can be read back "
+            f"and compared: add --no-verify"
+        )
+
+
 def _check_local(image: Image) -> None:
     """What qemu-img has a part in takes files."""
     if is_uri(image.path):
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
 
 
-def _check_directory(directory: str) -> None:
-    if not os.path.lexists(directory):
-        parent = os.path.dirname(os.path.realpath(directory))
-        if not os.path.isdir(parent):
-            raise UsageError(f"there is no directory {shown(parent)}")
-        return
-    if not os.path.isdir(directory):
-        raise UsageError(f"{shown(directory)} is not a directory")
-    if os.listdir(directory):
-        raise UsageError(f"{shown(directory)} is not empty: give a directory that is, or none")
-
-
 # --- join ---
 
 
-def join(top: Image, out: str, warn: Warn) -> list[str]:
+def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     """Make one image of the chain below and with ``top``; returns its snapshots, base first.
 
+    With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    check_other(top.files, out)
+    destination(out, JOIN_TARGETS).check_apart(top.files)
     _check_local(top)
     check_quiet(top.files)
     chain = top.chain[::-1]
@@ -192,6 +212,10 @@ def join(top: Image, out: str, warn: Warn) -> list[str]:
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
         check_quiet(top.files)
+        if verify:
+            states = [part.state for part in parts]
+            images([Written(temporary, out, states, states[-1])], _options(top))
+            check_quiet(top.files)
     return [part.name for part in parts]
 
 
@@ -199,13 +223,25 @@ def _layer_part(path: str, layer: Layer) -> Part:
     name = os.path.splitext(os.path.basename(path))[0]
     if isinstance(layer, RawLayer):
         raw = RawSource(layer)
-        return Part(name, layer.size, raw, lambda: _only_data(raw.plan()))
+        state = State(name, layer.size, raw, raw.plan)
+        return Part(state, lambda: _only_data(raw.plan()))
     assert isinstance(layer, Disk)
     own = layer.own if layer.below else lambda: _only_data(whole(layer))
-    return Part(name, layer.size, layer, own)
+    return Part(_state(name, layer), own)
 
 
 # --- Both ---
+
+
+def _state(name: str, disk: Disk) -> State:
+    return State(name, disk.size, disk, lambda: whole(disk))
+
+
+def _options(image: Image) -> Options:
+    """To open what was written: it is not encrypted, and names what the image names."""
+    directories = [file.directory for file in image.files if file.directory is not None]
+    options = image.options
+    return options._replace(allow_dirs=(*options.allow_dirs, *directories), passphrases={})
 
 
 def _create(like: Image, path: str, size: int, backing: tuple[str, str] | None) -> None:
@@ -223,7 +259,7 @@ def _write(part: Part, path: str, advance: Advance, grown_from: int | None = Non
             # end are still in the last cluster.
             target.zero(grown_from, min(part.size - grown_from, 2 << 20))
             target.flush()
-        transfer(part.source, part.plan, target, advance)
+        transfer(part.state.source, part.plan, target, advance)
 
 
 def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -> int:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .bitmaps import areas
 from .errors import ImageError
-from .findings import BAD_TABLE, OVERLAP, Findings, Owner
+from .findings import BAD_TABLE, OVERLAP, Findings, Owner, union
 from .image import Image
 from .refcounts import Refcounts, Uses, past_end
+
+
+class Claim(NamedTuple):
+    """What is in a cluster, and whose it is; nobody's if everybody needs it."""
+
+    what: str
+    owners: Sequence[Owner]
 
 
 class Claims:
     """What has been claimed; what is claimed is also counted as used."""
 
     def __init__(self, image: Image, uses: Uses, findings: Findings) -> None:
-        #: {cluster: what is there}
-        self.clusters: dict[int, str] = {}
+        self.clusters: dict[int, Claim] = {}
         #: the first host offset past the file's last cluster
         self.end = past_end(image.storage, image.header.cluster_size)
         self._image = image
@@ -25,7 +32,10 @@ class Claims:
         self._findings = findings
 
     def claim(self, what: str, offset: int, length: int, owners: Sequence[Owner] = ()) -> None:
-        """Count the clusters of an area, and report what else is there."""
+        """Count the clusters of an area, and report what else is there.
+
+        ``owners`` is kept: those who are found later to share the area are added to it.
+        """
         unaligned = offset % self._image.header.cluster_size
         if offset + length > self.end or unaligned:
             wrong = (
@@ -34,13 +44,18 @@ class Claims:
             message = f"{what} at host offset {offset:#x} {wrong}"
             self._findings.add(BAD_TABLE, message, owners, offset)
             return
+        claim = Claim(what, owners)
         for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
             self._uses.add(cluster, 1)
-            other = self.clusters.setdefault(cluster, what)
-            if other is not what:
-                host = cluster << self._bits
-                message = f"{what} overlaps {other} at host offset {host:#x}"
-                self._findings.add(OVERLAP, message, owners, host)
+            if self.clusters.setdefault(cluster, claim) is not claim:
+                self.overlap(what, owners, cluster)
+
+    def overlap(self, what: str, owners: Sequence[Owner], cluster: int) -> None:
+        """Report that something else is in a cluster that has been claimed."""
+        host = cluster << self._bits
+        other = self.clusters[cluster]
+        message = f"{what} overlaps {other.what} at host offset {host:#x}"
+        self._findings.add(OVERLAP, message, union(owners, other.owners), host)
 
     def claim_refcounts(self) -> Refcounts | None:
         """Their table and blocks; None if they cannot be had."""

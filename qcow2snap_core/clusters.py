@@ -9,16 +9,16 @@ whether something is missing, only the decoder can tell.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from threading import BoundedSemaphore
-from typing import Any, Final, TypeVar
 
 from . import ondisk as q
 from .cache import BoundedCache
 from .codecs import Codec
 from .encryption import Encryption
 from .errors import ImageError
+from .native import ENGINE
 from .storage import Buffer, Storage
+from .typed import Any, Final, TypeVar
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], bytearray]
@@ -32,6 +32,19 @@ _ZEROS = memoryview(bytes(1 << 20))
 # decoder's window: that must not be multiplied by the number of clients.
 _LARGE: Final = 256 << 10
 _LARGE_TURNS: Final = BoundedSemaphore(3)
+
+
+class _Everybody:
+    """What need not be waited for; contextlib.nullcontext would be a module more at every start."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *raised: object) -> None:
+        return
+
+
+_EVERYBODY: Final = _Everybody()
 
 
 def fill_zeros(view: memoryview) -> None:
@@ -71,13 +84,17 @@ class Clusters:
         self._size = 1 << cluster_bits
         self._codec = codec
         self._cache = cache
-        self._turn: AbstractContextManager[object] = (
-            nullcontext() if self._size < _LARGE else _LARGE_TURNS
-        )
+        self._turn = _EVERYBODY if self._size < _LARGE else _LARGE_TURNS
         # The descriptor's layout (spec: "Compressed Clusters Descriptor").
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1
         self._sectors_mask = (1 << cluster_bits - 8) - 1
+
+    def description(self) -> tuple[Any, ...] | None:
+        """What :mod:`.native` tells the engine of the data: a descriptor, the decoded clusters,
+        and how standard ones are encrypted; None where it cannot read that."""
+        fd = self._data.plain_fd
+        return None if fd is None else (fd, self._cache.items, False, None)
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
@@ -181,6 +198,13 @@ class EncryptedClusters(Clusters):
         """``parts`` as for :class:`Clusters`."""
         super().__init__(*parts)
         self._encryption = encryption
+
+    def description(self) -> tuple[Any, ...] | None:
+        cipher, by_guest_offset = self._encryption
+        fd = self._data.plain_fd
+        if fd is None or ENGINE is None or not isinstance(cipher, ENGINE.Cipher):
+            return None
+        return fd, self._cache.items, by_guest_offset, cipher
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         length, lead = len(buffer), host % q.SECTOR

@@ -11,10 +11,10 @@ import ctypes
 import zlib
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, Final
 
 from .errors import ImageError
 from .pool import Pool
+from .typed import Any, Final
 
 
 class Codec:

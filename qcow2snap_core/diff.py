@@ -13,6 +13,7 @@ again with the same data is, since no data is read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final
 
 from .disk import HOLE_ZERO, Cell, Disk, Extent, checked, merged
@@ -33,6 +34,19 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
     What lies past the end of ``old`` is all listed.  Raises as :meth:`.Disk.pread_into`.
     """
     return checked(merged(_changes(old, new)), old, new)
+
+
+def unchanged(old: Disk, new: Disk) -> Iterator[Extent]:
+    """The other ranges of ``new``, those that both disks have alike, with what they are there."""
+    common = min(old.size, new.size)
+    at = 0
+    for change in chain(changes(old, new), [Extent(common, 0, HOLE_ZERO)]):
+        stop = min(change.offset, common)
+        while at < stop:
+            for extent in new.extents(at, stop - at):
+                yield extent
+                at = extent.offset + extent.length
+        at = change.offset + change.length
 
 
 def _changes(old: Disk, new: Disk) -> Iterator[Extent]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from time import thread_time_ns
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from . import ondisk as q
 from .clusters import Clusters, fill_zeros
 from .errors import Error, ImageError, StorageError, shown
 from .guard import Guard
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
+from .native import LayerDescription, make_reader
 from .storage import Buffer, Storage
+from .typed import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from .raw import RawDisk
+    from .snapshots import Identity
 
 # Extent types, with the numbers of NBD's base:allocation.
 ALLOCATED: Final = 0
@@ -58,6 +60,9 @@ class Layer(Protocol):
     def below(self) -> Layer | None:
         """The next one."""
 
+    def description(self) -> LayerDescription | None:
+        """What :mod:`.native` tells the engine of it; None where it cannot read that."""
+
     def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         """Fill the buffer; the range lies inside the layer.  Raises ImageError, StorageError."""
 
@@ -73,6 +78,10 @@ class RawLayer:
     def __init__(self, storage: Storage) -> None:
         self.size = storage.size()
         self._storage = storage
+
+    def description(self) -> LayerDescription | None:
+        fd = self._storage.plain_fd
+        return None if fd is None else (fd, self.size)
 
     def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         got = self._storage.read_into(buffer, offset)
@@ -124,6 +133,8 @@ class Disk:
         self._guard = guard
         self._below = below
         self._base = base
+        #: reads the common case natively, or None
+        self.reader = make_reader(guard, self)
 
     # --- What users call ---
 
@@ -139,6 +150,8 @@ class Disk:
         Raises ValueError outside the disk; ImageError or StorageError when the content cannot be
         had, SnapshotGone when the snapshot was deleted.  The buffer then holds nothing of use.
         """
+        if self.reader is not None and self.reader.read(buffer, offset):
+            return
         if offset < 0 or offset + len(buffer) > self.size:
             raise ValueError(f"{len(buffer)} bytes at {offset} are outside the disk of {self.size}")
         try:
@@ -152,6 +165,11 @@ class Disk:
     def mapping(self) -> Mapping:
         """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
         return self._mapping
+
+    @property
+    def identity(self) -> Identity | None:
+        """What makes the snapshot this one; None for an active disk."""
+        return self._guard.identity
 
     def check(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
@@ -207,6 +225,13 @@ class Disk:
         return RawDisk(self)
 
     # --- What a layer does (class Layer) ---
+
+    def description(self) -> LayerDescription | None:
+        data = self._clusters.description()
+        if data is None:
+            return None
+        fd, *clusters = data
+        return fd, self.size, *self._mapping.description(), self._base, *clusters
 
     def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         length = len(buffer)

@@ -6,13 +6,12 @@ them.  Metadata and compressed clusters are never encrypted (spec: "crypt_method
 
 from __future__ import annotations
 
-import importlib.util
-from typing import TYPE_CHECKING, NamedTuple
-
 from . import ondisk as q
 from .errors import ImageError, UsageError, shown
 from .header import Header
+from .native import make_cipher
 from .storage import Storage
+from .typed import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .ciphers import SectorCipher
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 def available() -> bool:
     """Whether what deciphers images is installed."""
+    import importlib.util
+
     return importlib.util.find_spec("cryptography") is not None
 
 
@@ -50,7 +51,9 @@ def open_encryption(
         ) from e
     if header.crypt_method == q.CRYPT_AES:
         # The passphrase is the key, cut or padded to 128 bits: a wrong one cannot be told.
-        return Encryption(CbcSectors(passphrase[:16].ljust(16, b"\0"), Plain(64)), True)
+        aes_key = passphrase[:16].ljust(16, b"\0")
+        native = make_cipher("cbc", aes_key, 64)
+        return Encryption(native or CbcSectors(aes_key, Plain(64)), True)
     if header.crypto_area is None:
         raise ImageError(f"{shown(storage.path)}: it does not say where its LUKS header is")
     offset, length = header.crypto_area

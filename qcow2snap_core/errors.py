@@ -7,7 +7,7 @@ that a snapshot named with a line feed or an escape sequence cannot forge a line
 
 from __future__ import annotations
 
-from typing import Final
+from .typed import Final
 
 #: The longest path.  A snapshot's name may have 64 KiB, and a log line must not.
 MOST_SHOWN: Final = 4096

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
 
 from .errors import UsageError, escaped, shown
 from .snapshots import Snapshot, date, summary
+from .typed import Final, NamedTuple
 from .units import binary
 
 MAX_EXPORT_NAME: Final = 4096  # bytes, NBD's limit for any string

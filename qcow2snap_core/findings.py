@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from .disk import Disk
 
@@ -34,20 +34,46 @@ class Owner(NamedTuple):
     disk: Disk
 
 
+class Named(Protocol):
+    """An owner, or a snapshot that could not be opened."""
+
+    @property
+    def id(self) -> str: ...
+
+
 class TooManyError(Exception):
     """There are enough findings."""
 
 
 class Findings:
-    """Gathers them."""
+    """Gathers them, of everything or of what concerns one owner."""
 
     def __init__(self) -> None:
         self.all: list[Finding] = []
+        #: whose findings are wanted, besides nobody's
+        self.about: Owner | None = None
+        self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def add(
-        self, problem: str, message: str, owners: Sequence[Owner] = (), host: int | None = None
+        self, problem: str, message: str, owners: Sequence[Named] = (), host: int | None = None
     ) -> None:
         """Raises TooManyError after the last one that is wanted."""
-        self.all.append(Finding(problem, message, tuple(o.id for o in owners), host))
+        if owners and not self.concern(owners):
+            return
+        ids = tuple(o.id for o in owners)
+        ids = self._ids.setdefault(ids, ids)  # 65,536 in each of them would be much memory
+        self.all.append(Finding(problem, message, ids, host))
         if len(self.all) == MOST:
             raise TooManyError
+
+    def concern(self, owners: Sequence[Named]) -> bool:
+        """Whether what is wrong with something of theirs is wanted."""
+        return self.about is None or any(owner is self.about for owner in owners)
+
+
+def union(*lists: Sequence[Owner]) -> Sequence[Owner]:
+    """All owners that are in any of the lists, each once."""
+    first = lists[0] if lists else ()
+    if all(owners == first for owners in lists):
+        return first
+    return tuple({id(owner): owner for owners in lists for owner in owners}.values())

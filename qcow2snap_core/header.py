@@ -8,11 +8,11 @@ snapshot is needed most.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from . import ondisk as q
 from .errors import ImageError, shown
 from .storage import Storage
+from .typed import NamedTuple
 
 Bad = Callable[[str], ImageError]  # names the file and says what is wrong with it
 
@@ -56,7 +56,7 @@ class Header(NamedTuple):
     def crypto_area(self) -> tuple[int, int] | None:
         """(host offset, length) of the LUKS header, if it says where that is."""
         where = self.extensions.get(q.EXT_CRYPTO_HEADER, b"")
-        if len(where) < q.CRYPTO_HEADER.sizeof():
+        if len(where) < q.CRYPTO_HEADER.length:
             return None
         place = q.CRYPTO_HEADER.parse(where)
         return place.offset, place.length

@@ -8,9 +8,9 @@ they are asked for, so that an image which a running QEMU has open shows the one
 from __future__ import annotations
 
 from collections.abc import Mapping as ReadOnly
+from collections.abc import Sequence
 from itertools import count
 from types import MappingProxyType, TracebackType
-from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from . import ondisk as q
@@ -27,6 +27,7 @@ from .mapping import Geometry, Mapping, TableCache
 from .references import Policy
 from .snapshots import Choice, Identity, Snapshot, Table, choose, read_table
 from .storage import Storage, open_storage
+from .typed import Final, NamedTuple
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     cluster_cache_size: int = 64 << 20
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
+    allow_files: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -51,7 +53,7 @@ class _Shared:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.policy = Policy(options.allow_dirs)
+        self.policy = Policy(options.allow_dirs, options.allow_files)
         self.tables: TableCache = BoundedCache(options.l2_cache_size, OVERHEAD)
         self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size, OVERHEAD)
         self.tokens = count()
@@ -104,25 +106,33 @@ class Image:
         """
         return self.disk(choose(self.table(), Choice(name), self.path))
 
-    def disk(self, snapshot: Snapshot, vm_state: bool = False) -> Disk:
+    def guard(self, snapshots: Sequence[Snapshot]) -> Guard:
+        """One for them all, for who reads the tables of many: it looks at the snapshot table once,
+        where a guard for each would look as often as there are snapshots."""
+        return SnapshotGuard(self.storage, *snapshots)
+
+    def disk(self, snapshot: Snapshot, vm_state: bool = False, guard: Guard | None = None) -> Disk:
         """The disk of a snapshot, or its saved VM state.
 
-        All who have it open share it.  Raises ImageError when it is damaged or already gone.
+        All who have it open share it, but for who brings a guard, which is asked when something
+        was read and not before.  Raises ImageError when it is damaged or already gone.
         """
+        if guard is not None:
+            return self._open_disk(snapshot, vm_state, guard)
         key = (snapshot.identity, vm_state)
         disk = self._disks.get(key)
         if disk is None:
-            disk = self._disks[key] = self._open_disk(snapshot, vm_state)
+            guard = SnapshotGuard(self.storage, snapshot)
+            disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
         disk.check()
         return disk
 
-    def _open_disk(self, snapshot: Snapshot, vm_state: bool) -> Disk:
+    def _open_disk(self, snapshot: Snapshot, vm_state: bool, guard: Guard) -> Disk:
         what = f"snapshot {shown(snapshot.name)} (ID {escaped(snapshot.id)}) of {shown(self.path)}"
         size = snapshot.disk_size
         self._check_l1(snapshot.l1_table_offset, snapshot.l1_size, what)
         if max(size, snapshot.vm_state_size) > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {size} bytes is impossible")
-        guard = SnapshotGuard(self.storage, snapshot)
         # What the active disk has grown by since is not in the L1 table of an old entry, which
         # goes by that disk's size.
         grown = not vm_state and not snapshot.records_size
@@ -148,7 +158,9 @@ class Image:
         if h.size > q.MAX_DISK_SIZE:
             raise ImageError(f"{what}: its size of {h.size} bytes is impossible")
         mapping = self._mapping(h.l1_table_offset, h.l1_size)
-        return Disk(what, h.size, mapping, self._clusters, guard or Unguarded(), self._below)
+        return Disk(
+            what, h.size, mapping, self._clusters, guard or Unguarded(self.storage), self._below
+        )
 
     def stream(self, entry: int) -> tuple[int, int]:
         """(host offset, length) of the compressed cluster that an L2 entry describes."""
@@ -183,10 +195,10 @@ class Image:
         return self._shared.encrypted
 
     def close(self) -> None:
-        """Close the files; disks of it must not be used any more."""
+        """Close the files.  Whatever is asked of the image or of its disks from now on, or is just
+        being read by another thread, raises ValueError."""
         for storage in self._shared.storages:
             storage.close()
-        self._shared.storages.clear()
 
     def __enter__(self) -> Image:
         return self

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Final
-from urllib.parse import quote, unquote
-
 from .errors import UsageError, escaped
 from .storage import from_here
+from .typed import Any, Final
 
 _BYTES: Final[Any] = {"errors": "surrogateescape"}  # names of files need not be UTF-8
 
@@ -30,7 +27,11 @@ def said(error: Any, uri: str = "") -> str:
 
 def is_uri(path: str) -> bool:
     """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
-    return re.match(r"nbds?(\+[a-z]+)?://", path) is not None
+    scheme, found, _ = path.partition("://")
+    name, plus, transport = scheme.partition("+")
+    if not found or name not in ("nbd", "nbds"):
+        return False
+    return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
 
 
 def without_secrets(uri: str) -> str:
@@ -46,6 +47,8 @@ def without_secrets(uri: str) -> str:
 
 def absolute(uri: str) -> str:
     """The URI with absolute names of files, since nbdkit changes directory."""
+    from urllib.parse import quote, unquote
+
     head, mark, query = uri.partition("?")
     fields = []
     for field in query.split("&"):

@@ -25,6 +25,7 @@ from .ciphers import (
     SectorCipher,
 )
 from .errors import ImageError, UsageError, shown
+from .native import make_cipher
 from .ondisk import MAX_LUKS_ITERATIONS
 from .xts import XtsSectors
 
@@ -68,11 +69,14 @@ class _Cipher(NamedTuple):
     essiv_hash: str
 
     def make(self, key: bytes) -> SectorCipher:
+        bits = 32 if self.generator == "plain" else 64
+        essiv_key = _hash(self.essiv_hash, key) if self.generator == "essiv" else None
+        native = make_cipher(self.mode, key, bits, essiv_key)
+        if native is not None:
+            return native
         if self.mode == "ecb":
             return EcbSectors(key)
-        generator: IvGenerator = Plain(32 if self.generator == "plain" else 64)
-        if self.generator == "essiv":
-            generator = Essiv(_hash(self.essiv_hash, key))
+        generator: IvGenerator = Plain(bits) if essiv_key is None else Essiv(essiv_key)
         kinds: dict[str, Callable[[bytes, IvGenerator], SectorCipher]] = {
             "xts": XtsSectors,
             "cbc": CbcSectors,

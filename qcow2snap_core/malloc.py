@@ -8,7 +8,8 @@ Whoever allocates here holds the interpreter's lock most of the time, so that tw
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+
+from .typed import Final
 
 _M_ARENA_MAX: Final = -8
 _HEAPS: Final = 2

@@ -17,12 +17,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .cache import BoundedCache
 from .errors import Error, ImageError
 from .storage import Storage
+from .typed import Any, Final, NamedTuple
 
 # What a run is.
 UNALLOCATED: Final = 0  # not in this layer; the one below, if any, has it
@@ -104,6 +104,20 @@ class Mapping:
         # A standard entry that is nothing but an offset has none of these bits.
         self._odd = ~(q.OFFSET_MASK & -self.cluster_size)
         self._zero_flag = q.OFLAG_ZERO if geometry.version >= 3 else 0
+
+    def description(self) -> tuple[Any, ...]:
+        """What the native engine has to know of the tables to look into the slices itself."""
+        return (
+            self._cache.items,
+            self.token,
+            self._l1_size,
+            self._bits,
+            self._l2_bits,
+            self._slice_bits,
+            self._entry_bits == 4,
+            self._data_file,
+            bool(self._zero_flag),
+        )
 
     @staticmethod
     def of(geometry: Geometry) -> type[Mapping]:

@@ -54,19 +54,23 @@ def _installed() -> Path | None:
 def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
     """The plugin's keys for a snapshot of an open image.
 
-    Its passphrases go into pipes, where ``ps`` does not show them; the descriptors to inherit
-    are appended to ``descriptors``, and whoever calls closes them.
+    Its passphrases go into files without a name, where ``ps`` does not show them; the descriptors
+    to inherit are appended to ``descriptors``, and whoever calls closes them.
+    Raises UsageError for a passphrase that cannot be handed over.
     """
     options = image.options
     found = [f"file={image.storage.absolute}"]
     found += [f"snapshot-id={snapshot.id}"] if snapshot.id else []
     found += [f"snapshot-name={snapshot.name}"] if snapshot.name else []
     found += [f"allow-dir={os.path.abspath(d)}" for d in options.allow_dirs]
+    found += [f"allow-file={os.path.abspath(f)}" for f in options.allow_files]
     if options.backing_format is not None:
         found.append(f"backing-format={options.backing_format}")
     for layer, passphrase in options.passphrases.items():
         key = f"passphrase.{layer}" if layer else "passphrase"
-        descriptors.append(_pipe_with(passphrase + b"\n"))
+        if b"\n" in passphrase:
+            raise UsageError(f"--{key} holds a line feed: nbdkit reads one line only")
+        descriptors.append(_file_with(passphrase))
         found.append(f"{key}=-{descriptors[-1]}")
     return found
 
@@ -87,12 +91,11 @@ def missing(tool: str, packages: str) -> UsageError:
     return UsageError(f"{tool} is missing: install {packages}")
 
 
-def _pipe_with(content: bytes) -> int:
-    """The reading end of a pipe that holds the content."""
-    reading, writing = os.pipe()
-    try:
-        os.write(writing, content)
-        return fcntl.fcntl(reading, fcntl.F_DUPFD, _FIRST_DESCRIPTOR)
-    finally:
-        os.close(reading)
-        os.close(writing)
+def _file_with(content: bytes) -> int:
+    """A descriptor of a file in memory.  A pipe takes no more than its capacity before somebody
+    reads, and may be given a part of it only when a signal comes."""
+    fd = os.memfd_create("qcow2snap")
+    with open(fd, "wb") as f:
+        f.write(content)
+        f.seek(0)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD, _FIRST_DESCRIPTOR)

@@ -10,48 +10,67 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from types import ModuleType
-from typing import Final
+from types import SimpleNamespace
 
-# construct brings a debugger for its users, whose imports are half of what construct costs every
-# server that starts; nobody here uses it.
-if "construct" not in sys.modules:
-    sys.modules["construct.debug"] = ModuleType("construct.debug")
-    import construct  # noqa: F401
+from .typed import Any, Final
 
-    del sys.modules["construct.debug"]
 
-from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Struct
+class Layout:
+    """A structure: its fields in their order, big-endian and without gaps.
+
+    This and not a construct.Struct for what is read at every start of a server: to import construct
+    takes longer than all of the rest.  tests/test_ondisk.py holds both to the same fields.
+    """
+
+    def __init__(self, **codes: str) -> None:
+        """``codes``: the type of each field, as the module struct writes it."""
+        self.codes = codes
+        packed = struct.Struct(">" + "".join(codes.values()))
+        self.length: Final = packed.size  # bytes
+        #: ``unpack(raw)``: the values of exactly that many bytes, as a tuple
+        self.unpack = packed.unpack
+
+    def parse(self, raw: bytes) -> Any:
+        """The values under their names; ``raw`` may be longer."""
+        return SimpleNamespace(
+            **dict(zip(self.codes, self.unpack(raw[: self.length]), strict=True))
+        )
+
+
+U16: Final = "H"
+U32: Final = "I"
+U64: Final = "Q"
 
 # --- The header (spec: "Header") -------------------------------------------------------------
 
 MAGIC: Final = b"QFI\xfb"
-HEADER_V2_LENGTH: Final = 72
-HEADER_V3_LENGTH: Final = 104  # "the minimum header_length for version 3"
-
-HEADER_V2: Final = Struct(
-    "magic" / Bytes(4),
-    "version" / Int32ub,
-    "backing_file_offset" / Int64ub,
-    "backing_file_size" / Int32ub,
-    "cluster_bits" / Int32ub,
-    "size" / Int64ub,
-    "crypt_method" / Int32ub,
-    "l1_size" / Int32ub,
-    "l1_table_offset" / Int64ub,
-    "refcount_table_offset" / Int64ub,
-    "refcount_table_clusters" / Int32ub,
-    "nb_snapshots" / Int32ub,
-    "snapshots_offset" / Int64ub,
+HEADER_V2: Final = Layout(
+    magic="4s",
+    version=U32,
+    backing_file_offset=U64,
+    backing_file_size=U32,
+    cluster_bits=U32,
+    size=U64,
+    crypt_method=U32,
+    l1_size=U32,
+    l1_table_offset=U64,
+    refcount_table_offset=U64,
+    refcount_table_clusters=U32,
+    nb_snapshots=U32,
+    snapshots_offset=U64,
 )
 
-HEADER_V3: Final = Struct(
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "refcount_order" / Int32ub,
-    "header_length" / Int32ub,
+HEADER_V3: Final = Layout(
+    incompatible_features=U64,
+    compatible_features=U64,
+    autoclear_features=U64,
+    refcount_order=U32,
+    header_length=U32,
 )
+
+HEADER_V2_LENGTH: Final = HEADER_V2.length
+#: "the minimum header_length for version 3"
+HEADER_V3_LENGTH: Final = HEADER_V2.length + HEADER_V3.length
 
 # cluster_bits and size of the active disk: what reading the snapshot table needs of the header.
 ACTIVE_OFFSET: Final = 20
@@ -60,8 +79,8 @@ ACTIVE_LENGTH: Final = 12
 # nb_snapshots and snapshots_offset: the twelve bytes that QEMU rewrites for every snapshot
 # taken or deleted (qcow2_write_snapshots).
 SNAPSHOT_FIELDS_OFFSET: Final = 60
-SNAPSHOT_FIELDS: Final = Struct("nb_snapshots" / Int32ub, "snapshots_offset" / Int64ub)
-SNAPSHOT_FIELDS_LENGTH: Final = 12
+SNAPSHOT_FIELDS: Final = Layout(nb_snapshots=U32, snapshots_offset=U64)
+SNAPSHOT_FIELDS_LENGTH: Final = SNAPSHOT_FIELDS.length
 
 INCOMPAT_DIRTY: Final = 1 << 0
 INCOMPAT_CORRUPT: Final = 1 << 1
@@ -81,8 +100,8 @@ CRYPT_LUKS: Final = 2
 
 # --- Header extensions (spec: "Header extensions") ---------------------------------------------
 
-EXTENSION: Final = Struct("type" / Int32ub, "length" / Int32ub)
-EXTENSION_LENGTH: Final = 8
+EXTENSION: Final = Layout(type=U32, length=U32)
+EXTENSION_LENGTH: Final = EXTENSION.length
 
 EXT_END: Final = 0x00000000
 EXT_BACKING_FORMAT: Final = 0xE2792ACA
@@ -100,46 +119,25 @@ MAX_EXTENSION_BYTES: Final = {
     EXT_BITMAPS: 4095,  # 24 in fact; a wrong one concerns `qcow2snap check` alone
 }
 
-CRYPTO_HEADER: Final = Struct("offset" / Int64ub, "length" / Int64ub)
-
-BITMAPS: Final = Struct(
-    "nb_bitmaps" / Int32ub,
-    "reserved" / Int32ub,
-    "directory_size" / Int64ub,
-    "directory_offset" / Int64ub,
-)
-BITMAPS_LENGTH: Final = 24
-
-# The beginning of a bitmap's entry in the directory; extra data and the name follow, and padding
-# to a multiple of eight bytes.
-BITMAP_HEAD: Final = Struct(
-    "table_offset" / Int64ub,
-    "table_size" / Int32ub,
-    "flags" / Int32ub,
-    "type" / Int8ub,
-    "granularity_bits" / Int8ub,
-    "name_size" / Int16ub,
-    "extra_data_size" / Int32ub,
-)
-BITMAP_HEAD_LENGTH: Final = 24
+CRYPTO_HEADER: Final = Layout(offset=U64, length=U64)
 
 # A row of the feature name table: kind of feature, bit number, name padded with NUL.
 FEATURE_NAME_LENGTH: Final = 48
 
 # --- The snapshot table (spec: "Snapshots") ----------------------------------------------------
 
-SNAPSHOT_HEAD: Final = Struct(
-    "l1_table_offset" / Int64ub,
-    "l1_size" / Int32ub,
-    "id_str_size" / Int16ub,
-    "name_size" / Int16ub,
-    "date_sec" / Int32ub,
-    "date_nsec" / Int32ub,
-    "vm_clock_nsec" / Int64ub,
-    "vm_state_size" / Int32ub,
-    "extra_data_size" / Int32ub,
+SNAPSHOT_HEAD: Final = Layout(
+    l1_table_offset=U64,
+    l1_size=U32,
+    id_str_size=U16,
+    name_size=U16,
+    date_sec=U32,
+    date_nsec=U32,
+    vm_clock_nsec=U64,
+    vm_state_size=U32,
+    extra_data_size=U32,
 )
-SNAPSHOT_HEAD_LENGTH: Final = 40
+SNAPSHOT_HEAD_LENGTH: Final = SNAPSHOT_HEAD.length
 
 # What of the extra data this reader knows; each part may be missing, more may follow.
 EXTRA_VM_STATE_SIZE: Final = slice(0, 8)
@@ -155,6 +153,7 @@ OFLAG_ZERO: Final = 1 << 0
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00  # bits 9 to 55 of an L1 or standard L2 entry
 
 L1_ENTRY_SIZE: Final = 8
+L2_ENTRY_SIZE: Final = 8  # an extended one is twice as long
 SUBCLUSTERS: Final = 32  # per cluster, with extended L2 entries
 
 SECTOR: Final = 512
@@ -187,9 +186,3 @@ def integers(raw: bytes | bytearray, kind: str = "Q") -> array[int]:
     if sys.byteorder == "little":
         found.byteswap()
     return found
-
-
-# construct is not fast enough for 65,536 entries whenever a client connects.
-unpack_snapshot_head = struct.Struct(
-    ">" + "".join(member.fmtstr.removeprefix(">") for member in SNAPSHOT_HEAD.subcons)
-).unpack

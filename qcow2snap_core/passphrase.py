@@ -6,14 +6,13 @@ prompt.  A secret never appears in an error line, not even in part.
 
 from __future__ import annotations
 
-import getpass
 import os
-import re
 import sys
 
 from .errors import UsageError, reason, shown
+from .interrupts import raising
 
-_LONGEST = 64 << 10  # of a line; a device that never ends must not fill the memory
+_LONGEST = 64 << 10  # bytes; a device that never ends must not fill the memory
 
 
 def read_passphrase(key: str, value: str) -> bytes:
@@ -24,15 +23,18 @@ def read_passphrase(key: str, value: str) -> bytes:
         return _from_file(key, value[1:])
     if value.startswith("-"):
         return _from_descriptor(key, value[1:])
-    return os.fsencode(value)
+    return _not_too_long(key, os.fsencode(value))
 
 
 def _ask(key: str) -> bytes:
     if not sys.stdin or not sys.stdin.isatty():
         raise UsageError(f"{key}=- asks on a terminal, there is none: use {key}=+FILE")
     try:
-        return os.fsencode(getpass.getpass("passphrase: "))
-    except (EOFError, KeyboardInterrupt):
+        from getpass import getpass
+
+        with raising():
+            return os.fsencode(getpass("passphrase: "))
+    except EOFError:
         raise UsageError(f"{key}=-: no passphrase was entered") from None
 
 
@@ -46,7 +48,8 @@ def _from_file(key: str, path: str) -> bytes:
 
 
 def _from_descriptor(key: str, number: str) -> bytes:
-    if not re.fullmatch("[0-9]{1,9}", number, re.ASCII) or int(number) <= 2:
+    plain = number.isascii() and number.isdigit() and len(number) <= 9
+    if not plain or int(number) <= 2:
         raise UsageError(f"{key}=-FD: give the number of an open descriptor above 2")
     return _first_line(key, int(number))
 
@@ -54,7 +57,14 @@ def _from_descriptor(key: str, number: str) -> bytes:
 def _first_line(key: str, fd: int) -> bytes:
     try:
         with open(fd, "rb") as f:
-            line = f.readline(_LONGEST)
+            line = f.readline(_LONGEST + 1)
     except OSError as e:
         raise UsageError(f"{key}=: cannot read the passphrase: {reason(e)}") from e
-    return line.removesuffix(b"\n")
+    return _not_too_long(key, line.removesuffix(b"\n"))
+
+
+def _not_too_long(key: str, secret: bytes) -> bytes:
+    """A part of it would be another passphrase."""
+    if len(secret) > _LONGEST:
+        raise UsageError(f"{key}=: the passphrase is longer than 64 KiB: is it the right file?")
+    return secret

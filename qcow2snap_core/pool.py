@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+
+from .typed import Generic, TypeVar
 
 T = TypeVar("T")
 

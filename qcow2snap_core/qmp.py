@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import socket
 import struct
+import time
 from types import TracebackType
 from typing import Any, Final
 
 from .errors import Error, reason, shown
+from .interrupts import check
 
 _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
+_PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
 class QmpError(Error):
@@ -29,6 +33,9 @@ class _JsonSocket:
 
     def __init__(self, path: str, timeout: float) -> None:
         self._path = path
+        self._timeout = timeout
+        self._ahead = b""  # of what has been received, behind the last line
+        self._interruptible = True
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         try:
@@ -36,10 +43,8 @@ class _JsonSocket:
         except OSError as e:
             self._socket.close()
             raise QmpError(f"cannot connect to {shown(path)}: {reason(e)}") from e
-        self._lines = self._socket.makefile("rb")
 
     def close(self) -> None:
-        self._lines.close()
         self._socket.close()
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -50,7 +55,7 @@ class _JsonSocket:
 
     def _receive(self) -> dict[str, Any]:
         try:
-            line = self._lines.readline(_LONGEST_LINE)
+            line = self._line()
         except TimeoutError as e:
             raise QmpError(
                 f"{shown(self._path)} does not answer: is another program using it? "
@@ -58,7 +63,7 @@ class _JsonSocket:
             ) from e
         except OSError as e:
             raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
-        if not line:
+        if not line.strip():
             raise QmpError(f"{shown(self._path)} was closed by the other side")
         try:
             # The agent marks an answer that follows a reset with a byte that is no JSON.
@@ -70,6 +75,26 @@ class _JsonSocket:
         if not isinstance(message, dict):
             raise QmpError(f"{shown(self._path)} does not speak QMP: is it the right socket?")
         return message
+
+    def _line(self) -> bytes:
+        """The next one; empty when the other side has closed.  Raises OSError, Interrupted."""
+        received = [self._ahead]
+        length = len(self._ahead)
+        deadline = time.monotonic() + self._timeout
+        while b"\n" not in received[-1] and length < _LONGEST_LINE:
+            if self._interruptible:
+                check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if not select.select((self._socket,), (), (), min(left, _PATIENCE))[0]:
+                continue
+            received.append(self._socket.recv(1 << 16))
+            if not received[-1]:
+                return b""
+            length += len(received[-1])
+        line, _, self._ahead = b"".join(received).partition(b"\n")
+        return line
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns.  Raises QmpError with the reason that the other side gave."""
@@ -149,6 +174,7 @@ class FrozenGuest(_JsonSocket):
         self._thaw()
 
     def _thaw(self) -> None:
+        self._interruptible = False  # whatever came before this
         try:
             self.execute("guest-fsfreeze-thaw")
         finally:

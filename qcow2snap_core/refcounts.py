@@ -67,7 +67,11 @@ class Refcounts:
 
 
 class Uses:
-    """How often each cluster is in use, in pages of machine integers."""
+    """How often each cluster is in use, in pages of machine integers.
+
+    A page has 32 bits for each until one of its clusters needs more.  64 bits are always enough:
+    65,536 snapshots, 2^22 entries of an L1 table and 2^18 of an L2 table make 2^56.
+    """
 
     _PAGE_BITS: Final = 12
     _PAGE: Final = 1 << _PAGE_BITS
@@ -81,7 +85,11 @@ class Uses:
         page = self._pages.get(number)
         if page is None:
             page = self._pages[number] = self._empty[:]
-        page[at] += times
+        try:
+            page[at] += times
+        except OverflowError:
+            page = self._pages[number] = array("Q", page)
+            page[at] += times
 
     def of(self, cluster: int) -> int:
         page = self._pages.get(cluster >> self._PAGE_BITS)
@@ -96,7 +104,11 @@ class Uses:
             if number != last:
                 self.add(cluster, 0)
                 page, last = self._pages[number], number
-            page[cluster & mask] += times
+            try:
+                page[cluster & mask] += times
+            except OverflowError:
+                self.add(cluster, times)
+                page = self._pages[number]
 
     def stretches(self, most: int) -> Iterator[tuple[int, Sequence[int]]]:
         """(first cluster, how often each is in use), in order, ``most`` clusters or less."""

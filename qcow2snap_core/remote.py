@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from .errors import Error, StorageError, UsageError, shown
 from .libnbd import absolute, libnbd, said, without_secrets
-from .storage import Buffer, Pieces
+from .storage import Buffer, Pieces, closed
 
 _MOST: Final = 8  # connections
 _PATIENCE: Final = 30.0  # seconds for the first connection
@@ -45,7 +45,10 @@ class _Connection(NamedTuple):
 class RemoteFile:
     """An NBD export.  Safe to use from several threads."""
 
+    plain_fd: int | None = None
+
     directory: str | None = None
+    trusted: str | None = None
 
     def __init__(self, uri: str) -> None:
         """Connects.  Raises UsageError when that fails."""
@@ -75,6 +78,8 @@ class RemoteFile:
 
     def size(self) -> int:
         """The size a second ago; where the server takes one connection only, that at the start."""
+        if self._closed:
+            raise closed(self.path)
         if time.monotonic() - self._measured > _SIZE_HOLDS_FOR:
             self._measure()
         return self._size
@@ -126,6 +131,7 @@ class RemoteFile:
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []
+            self._changed.notify_all()
         for connection in idle:
             self._end(connection)
 
@@ -201,6 +207,8 @@ class RemoteFile:
         """One that nobody else uses, of the present generation."""
         while True:
             with self._changed:
+                if self._closed:
+                    raise closed(self.path)
                 while not self._idle and self._made >= self._limit:
                     self._changed.wait()
                 if self._idle:

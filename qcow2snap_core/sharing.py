@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .disk import Disk
-from .errors import ImageError, SnapshotGone
+from .errors import ImageError
+from .guard import Guard
 from .image import Image
 from .mapping import Mapping, Slice
 from .snapshots import Snapshot
@@ -59,7 +60,8 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
 
     Raises SnapshotGone when one of them is deleted meanwhile.
     """
-    disks = [_disk(image, owner) for owner in (*snapshots, None)]
+    guard = image.guard(snapshots)
+    disks = [_disk(image, owner, guard) for owner in (*snapshots, None)]
     largest = max(disk.size if disk else 0 for disk in disks)
     cell = image.header.cluster_size
     while cell * most < largest:
@@ -77,19 +79,15 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         if disk and disk.reach < disk.size:
             first = disk.reach // cell
             own[first:] = [holds | Holds.UNKNOWN for holds in own[first:]]
-    for disk in disks:
-        if disk:
-            disk.check()
+    guard.check()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
 
 
-def _disk(image: Image, owner: Snapshot | None) -> Disk | None:
+def _disk(image: Image, owner: Snapshot | None, guard: Guard) -> Disk | None:
     """None if it is damaged."""
     try:
-        return image.active_disk() if owner is None else image.disk(owner)
-    except SnapshotGone:
-        raise
+        return image.active_disk() if owner is None else image.disk(owner, guard=guard)
     except ImageError:
         return None
 
@@ -110,7 +108,7 @@ def _cells(
         parts = [_tables(disk, first, min(step, entries - first)) for disk in disks]
         for index, tables in enumerate(zip(*parts, strict=True), first):
             if any(tables):
-                for at, found in _behind(known, tables, cell):
+                for at, found in _behind(known, tables, cell, count * cell - index * span):
                     yield index * span // cell + at, found
 
 
@@ -130,27 +128,29 @@ def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
 
 
 def _behind(
-    mapping: Mapping, tables: Sequence[int | None], cell: int
+    mapping: Mapping, tables: Sequence[int | None], cell: int, length: int
 ) -> Iterator[tuple[int, list[Holds]]]:
-    """The same behind one L1 index, cells counted from there; ``mapping`` is any, since L2 tables
-    are read alike whoever leads to them."""
+    """The same behind one L1 index, cells counted from there, of ``length`` bytes of the disk;
+    ``mapping`` is any, since L2 tables are read alike whoever leads to them."""
     distinct = {table for table in tables if table}
+    entries = min(mapping.l2_entries, -(-length // mapping.cluster_size))
     per_cell = min(mapping.l2_entries, cell // mapping.cluster_size)
     if per_cell == mapping.l2_entries and len(distinct) == 1:
         yield 0, _compared([None if table is None else {table} - {0} for table in tables])
         return
-    step = min(per_cell, max(STRIDE, _L2_ENTRIES // len(distinct)))
-    for first in range(0, mapping.l2_entries, step):
-        parts: dict[int, Slice[int] | None] = {}
+    # Powers of two: a cell is a number of steps or a step a number of cells.
+    step = 1 << max(STRIDE, _L2_ENTRIES // len(distinct)).bit_length() - 1
+    for first in range(0, entries, step):
+        count = min(step, entries - first)
+        parts: dict[int, Slice[int]] = {}
         for table in distinct:
-            try:
-                parts[table] = mapping.l2_part(table, first, step)
-            except ImageError:
-                parts[table] = None
-        known = {table: part for table, part in parts.items() if part is not None}
-        stored = dict(zip(known, _stored(list(known.values())), strict=True))
-        sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
-        yield first // per_cell, _compared(sets)
+            with suppress(ImageError):
+                parts[table] = mapping.l2_part(table, first, count)
+        for at in range(0, count, per_cell):
+            pieces = [part[at : at + per_cell] for part in parts.values()]
+            stored = dict(zip(parts, _stored(pieces), strict=True))
+            sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
+            yield (first + at) // per_cell, _compared(sets)
 
 
 def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
@@ -168,6 +168,7 @@ def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
 
 def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
     """What each owner has, from the oldest on; None if that is unknown."""
+    own = Holds.UNKNOWN if None in owners else Holds.OWN
     found = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
     fresh: list[_Entries] = []
     met: _Entries = set()
@@ -179,7 +180,7 @@ def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
     met = set()
     for k, entries in reversed(list(enumerate(owners))):
         if fresh[k] - met:
-            found[k] |= Holds.UNKNOWN if None in owners else Holds.OWN
+            found[k] |= own
         if entries and not entries.isdisjoint(met):
             found[k] |= Holds.NEWER
         met |= entries or set()

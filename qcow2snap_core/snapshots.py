@@ -11,15 +11,17 @@ believed to be damaged.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
 
 from . import ondisk as q
 from .errors import ImageError, UsageError, escaped, shown
 from .storage import Pieces, Storage
+from .typed import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from hashlib import blake2b
 
 
 class Identity(NamedTuple):
@@ -92,10 +94,17 @@ class Proof(NamedTuple):
             return False
         if self.digest is None:
             return True
-        found = hashlib.blake2b()
+        found = _hash()
         for at in range(0, self.length, _PIECE):
             found.update(storage.read(min(_PIECE, self.length - at), self.offset + at))
         return found.digest() == self.digest
+
+
+def _hash() -> blake2b:
+    # All of OpenSSL comes with this module, and few tables are long enough to need it.
+    from hashlib import blake2b
+
+    return blake2b()
 
 
 class Table(NamedTuple):
@@ -106,7 +115,7 @@ class Table(NamedTuple):
     torn: bool = False  # the header changed meanwhile: do not believe it
     note: str = ""  # why there are none
     fields: bytes = b""  # that led to it
-    proof: Proof | None = None  # of the one that was looked for
+    proof: Proof | None = None  # of those that were looked for, if all are there
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -134,10 +143,10 @@ def read_table(storage: Storage, known: tuple[bytes, str | None] | None = None) 
     return table
 
 
-def read_table_once(storage: Storage, wanted: Identity | None = None) -> Table:
+def read_table_once(storage: Storage, wanted: frozenset[Identity] | None = None) -> Table:
     """One try; the caller looks at ``torn`` and ``damage``.
 
-    With a wanted snapshot the table goes no further than that one and has no other.
+    With wanted snapshots the table has no others and goes no further than the last of them.
     """
     before = read_fields(storage)
     table = _parse(storage, before, wanted)
@@ -149,7 +158,7 @@ def read_fields(storage: Storage) -> bytes:
     return storage.read(q.SNAPSHOT_FIELDS_LENGTH, q.SNAPSHOT_FIELDS_OFFSET)
 
 
-def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
+def _parse(storage: Storage, fields: bytes, wanted: frozenset[Identity] | None) -> Table:
     """The entries that can be parsed, and what is wrong with the next one."""
     if len(fields) < q.SNAPSHOT_FIELDS_LENGTH:
         return Table((), "the file ends inside the header")
@@ -167,6 +176,7 @@ def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
         return Table((), f"its offset {offset:#x} lies past the end of the file")
     reader = _Reader(storage, offset, int.from_bytes(active[4:], "big"))
     found: list[Snapshot] = []
+    missing = set(wanted or ())
     for number in range(count):
         try:
             snapshot = reader.entry()
@@ -174,8 +184,11 @@ def _parse(storage: Storage, fields: bytes, wanted: Identity | None) -> Table:
             return Table(tuple(found), f"entry {number + 1} of {count} {e}")
         if wanted is None:
             found.append(snapshot)
-        elif snapshot.identity == wanted:
-            return Table((snapshot,), None, proof=reader.proof(fields))
+        elif snapshot.identity in missing:
+            found.append(snapshot)
+            missing.remove(snapshot.identity)
+            if not missing:
+                return Table(tuple(found), None, proof=reader.proof(fields))
     return Table(tuple(found), None)
 
 
@@ -187,7 +200,7 @@ class _Reader:
         self._active_size = active_size
         self._offset = offset
         self._gone = 0  # bytes of the table that were dropped,
-        self._digest = hashlib.blake2b()  # and their hash
+        self._digest: blake2b | None = None  # and their hash
         self._data = b""  # what follows them
         self._at = 0  # in the data
         self._first = b""
@@ -206,7 +219,7 @@ class _Reader:
             vm_clock_nsec,
             vm_state_size,
             extra_size,
-        ) = q.unpack_snapshot_head(self._take(q.SNAPSHOT_HEAD_LENGTH))
+        ) = q.SNAPSHOT_HEAD.unpack(self._take(q.SNAPSHOT_HEAD_LENGTH))
         if extra_size > q.MAX_EXTRA_DATA_BYTES:
             raise ImageError(
                 f"has {extra_size} bytes of extra data, more than {q.MAX_EXTRA_DATA_BYTES}"
@@ -245,7 +258,7 @@ class _Reader:
         if self._end <= _KEPT_WHOLE:
             table = self._first[: self._end], self._offset
             return Proof((header, table), None, self._offset, self._end)
-        digest = self._digest.copy()
+        digest = self._digest.copy() if self._digest else _hash()
         digest.update(self._data[: self._end - self._gone])
         return Proof((header,), digest.digest(), self._offset, self._end)
 
@@ -260,7 +273,9 @@ class _Reader:
         if start + length > q.MAX_SNAPSHOT_TABLE_BYTES:
             raise ImageError("lies past the 64 MiB that a snapshot table may take")
         used = min(self._at, len(self._data))  # less where an entry's padding is still to come
-        self._digest.update(self._data[:used])
+        if used:
+            self._digest = self._digest or _hash()
+            self._digest.update(self._data[:used])
         rest = self._data[used:]
         self._gone += used
         self._at -= used

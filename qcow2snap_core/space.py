@@ -16,6 +16,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Final
 
 from . import ondisk as q
@@ -35,11 +36,17 @@ _Column = dict[int, int]
 
 def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | None]:
     """The bytes that deleting each one would free, its tables included; ``snapshots`` are all
-    that the image has.  None where damage leaves it open.  Raises StorageError."""
+    that the image has.  None where damage leaves it open.
+
+    Raises SnapshotGone when one of them is deleted meanwhile: what was read of it, and so who
+    shares with it, may have been anything.  Raises StorageError.
+    """
+    guard = image.guard(snapshots)
     try:
-        disks = [image.disk(s) for s in snapshots]
-        mappings = [d.mapping for d in (*disks, image.active_disk())]
+        mappings = [image.disk(s, guard=guard).mapping for s in snapshots]
+        mappings.append(image.active_disk().mapping)
     except ImageError:  # whoever is damaged may share anything
+        guard.check()
         return [None] * len(snapshots)
     space = _Space(image, mappings)
     space.count()
@@ -54,11 +61,7 @@ def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | N
             )
         )
     ]
-    for k, disk in enumerate(disks):
-        try:
-            disk.check()
-        except ImageError:  # deleted meanwhile
-            clusters[k] = None
+    guard.check()
     return [None if n is None else n * image.header.cluster_size for n in clusters]
 
 
@@ -92,11 +95,13 @@ class _Space:
         for first in range(0, entries, step):
             parts = [m.l1_entries(first, min(step, entries - first)) for m in self._mappings]
             for column in zip(*parts, strict=True):
+                owners = dict(zip(column, count(), strict=False))
                 tables: _Column = {}
                 for entry, times in Counter(column).items():
-                    if entry & q.OFFSET_MASK:
-                        owner = column.index(entry) if times == 1 else _SHARED
-                        tables[entry & q.OFFSET_MASK] = owner
+                    table = entry & q.OFFSET_MASK
+                    if table:
+                        alone = times == 1 and table not in tables
+                        tables[table] = owners[entry] if alone else _SHARED
                 if tables:
                     yield tables
 
@@ -108,11 +113,10 @@ class _Space:
         for found in self._parts(tables):
             many: set[int] = set()
             once: set[int] = set()
-            for number, (_, offsets) in enumerate(found, 1):
+            for _, offsets in found:
                 if not once.isdisjoint(offsets):
                     many |= once & offsets
-                if number < len(found):
-                    once = once | offsets if once else offsets
+                once |= offsets
             for owner, offsets in found:
                 if owner != _SHARED:
                     self.own[owner] += len(offsets - many if many else offsets)

@@ -12,16 +12,18 @@ pages of it may stay stale, so it is read with O_DIRECT as well, through aligned
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Protocol
 
 from .errors import Error, StorageError, UsageError, reason, shown
 from .pool import Pool
+from .typed import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    import mmap
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
@@ -35,7 +37,9 @@ class Storage(Protocol):
     path: str  # as an error line should name it
     absolute: str  # what opens it again, from any directory
     directory: str | None  # where the names in an image that lies here start from, if anywhere
+    trusted: str | None  # the directory that they may lead to without being asked for, if any
     inode: tuple[int, int]  # which file it is, by whatever name
+    plain_fd: int | None  # a descriptor that is read like any file; None where that needs more
 
     def size(self) -> int:
         """The present size in bytes; a live image grows."""
@@ -58,13 +62,18 @@ class Storage(Protocol):
     def will_need(self, offset: int, length: int) -> None:
         """Start to fetch the range, without waiting for it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Whatever is asked of it from now on raises ValueError, in every thread."""
 
 
-def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Storage:
+Permit = Callable[[str, tuple[int, int]], None]
+
+
+def open_storage(path: str, permit: Permit | None = None) -> Storage:
     """Open a regular file or block device for reading.
 
-    ``permit`` is called with the resolved path before anything is opened; it raises to refuse.
+    ``permit`` is called with the resolved path and the inode, as :attr:`Storage.inode`, before
+    anything is opened; it raises to refuse.
     Raises UsageError when there is no such file, or it is of another kind.
     """
     try:
@@ -78,15 +87,15 @@ def open_storage(path: str, permit: Callable[[str], None] | None = None) -> Stor
         kind = os.fstat(handle).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
             raise UsageError(
-                f"{shown(path)} is a {_kind_name(kind)}: give a regular file or a block device"
+                f"{shown(path)} is a {kind_name(kind)}: give a regular file or a block device"
             )
         # What the descriptor holds, whatever the name means by now.
         itself = f"/proc/self/fd/{handle}"
         real = os.readlink(itself)
         if permit is not None:
-            permit(real)
+            permit(real, inode(os.fstat(handle)))
         if stat.S_ISBLK(kind):
-            return BlockDevice(path, real, _reopen(itself, os.O_DIRECT))
+            return BlockDevice(path, _reopen(itself, os.O_DIRECT))
         return File(path, real, _reopen(itself, 0))
     except OSError as e:
         raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
@@ -110,8 +119,11 @@ def _reopen(itself: str, flags: int) -> int:
     return os.open(itself, os.O_RDONLY | os.O_CLOEXEC | flags)
 
 
-def _kind_name(mode: int) -> str:
+def kind_name(mode: int) -> str:
+    """What a file with this mode is called, without an article."""
     kinds = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFBLK: "block device",
         stat.S_IFDIR: "directory",
         stat.S_IFIFO: "FIFO",
         stat.S_IFCHR: "character device",
@@ -132,10 +144,14 @@ class File:
         self.path = path
         self.absolute = from_here(path)
         self.directory: str | None = os.path.dirname(real)
+        self.trusted = self.directory
         self.inode = inode(os.fstat(fd))
+        self._descriptor = Descriptor(path, fd)
         self._fd = fd
+        self.plain_fd: int | None = fd
 
     def size(self) -> int:
+        self._descriptor.check_open()
         return os.fstat(self._fd).st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
@@ -196,6 +212,7 @@ class File:
             offset = data
 
     def _seek(self, offset: int, whence: int, end: int) -> int:
+        self._descriptor.check_open()
         try:
             return min(os.lseek(self._fd, offset, whence), end)
         except OSError as e:
@@ -204,11 +221,13 @@ class File:
             raise _failed(self.path, offset, end - offset, e) from e
 
     def will_need(self, offset: int, length: int) -> None:
-        with contextlib.suppress(OSError):  # a hint: whoever needs the data will see the error
+        try:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # it was a hint: whoever needs the data will see the error
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._descriptor.close()
 
 
 # O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
@@ -220,16 +239,24 @@ _BOUNCE: Final = 1 << 20
 class BlockDevice:
     """A block device, read past the page cache."""
 
-    def __init__(self, path: str, real: str, fd: int) -> None:
+    plain_fd: int | None = None
+
+    def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.absolute = from_here(path)
-        self.directory: str | None = os.path.dirname(real)
+        # Of its name, for QEMU's sake: a volume's is /dev/group/name, its node /dev/dm-3.
+        self.directory: str | None = os.path.dirname(self.absolute)
+        self.trusted: str | None = None  # all the machine's devices lie in /dev
         self.inode = inode(os.fstat(fd))
+        self._descriptor = Descriptor(path, fd)
         self._fd = fd
+        import mmap
+
         # Anonymous memory is aligned, and nothing can shrink it.
         self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
 
     def size(self) -> int:
+        self._descriptor.check_open()
         try:
             return os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as e:
@@ -277,10 +304,45 @@ class BlockDevice:
         """Nothing: what the kernel would fetch goes where this class does not look."""
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._descriptor.close()
 
 
-def _failed(path: str, offset: int, length: int, e: OSError) -> Error:
+class Descriptor:
+    """An open file's number, which nobody else gets while somebody may still read by it.
+
+    The system gives the number of a closed descriptor to the next file that is opened, so a read
+    that comes late, or is just on its way in another thread, would return that file's bytes.  A
+    closed one is therefore replaced by one that cannot be read (EBADF), and given back when what
+    read from it is gone: no read has to ask or to count.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._closed = False
+        weakref.finalize(self, os.close, fd)
+
+    def close(self) -> None:
+        """From now on every read fails; harmless when called again."""
+        self._closed = True
+        unreadable = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(unreadable, self._fd, inheritable=False)
+        os.close(unreadable)
+
+    def check_open(self) -> None:
+        """Raises ValueError once it is closed."""
+        if self._closed:
+            raise closed(self._path)
+
+
+def closed(path: str) -> ValueError:
+    """What every use of a closed file raises, as Python's own files do."""
+    return ValueError(f"I/O operation on closed image {shown(path)}")
+
+
+def _failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
+    if e.errno == errno.EBADF:  # descriptors are made here, and replaced by close alone
+        return closed(path)
     return StorageError(
         f"reading {length} bytes of {shown(path)} at host offset {offset:#x} failed: {reason(e)}"
     )

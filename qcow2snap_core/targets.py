@@ -9,20 +9,22 @@ import ctypes
 import errno
 import os
 import signal
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
+from .disk import ALLOCATED, HOLE_ZERO, Extent
 from .errors import StorageError, UsageError, reason, shown
 from .libnbd import libnbd, said, without_secrets
+from .storage import Buffer
 
 
 class Target(Protocol):
     """Where bytes go to.  Its methods raise StorageError."""
 
     size: int  # bytes
+    foreign: bool  # another program writes: :mod:`.transfer` keeps zeros and data apart
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view."""
@@ -44,9 +46,13 @@ _ZERO_RANGE: Final = 16
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 _ZEROS: Final = memoryview(bytes(1 << 20))
 
+_MOST_ASKED: Final = 1 << 30  # NBD lengths have 32 bits
+
 
 class RawTarget:
     """An open file or block device."""
+
+    foreign = False
 
     def __init__(self, path: str, fd: int, *, empty: bool = False) -> None:
         """Owns the descriptor.  ``empty``: it is one hole already."""
@@ -99,6 +105,8 @@ def open_device(path: str) -> RawTarget:
 class NbdTarget:
     """A writable NBD export, over several connections where the server allows that."""
 
+    foreign = True
+
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""
         self._name = without_secrets(name)
@@ -111,6 +119,7 @@ class NbdTarget:
             if self._all[0].is_read_only():
                 raise UsageError(f"{shown(self._name)} is read-only")
             self._can_zero = self._all[0].can_zero()
+            self._can_extents = self._all[0].can_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
             if self._all[0].can_multi_conn():
                 again = self._all[0].get_uri()
                 for _ in range(connections - 1):
@@ -125,6 +134,7 @@ class NbdTarget:
 
     def _open(self, connect: Callable[[Any], None]) -> None:
         self._all.append(self._nbd.NBD())
+        self._all[-1].add_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
         connect(self._all[-1])
         self._idle.put(self._all[-1])
 
@@ -136,6 +146,35 @@ class NbdTarget:
             self._call(offset, lambda handle: handle.zero(length, offset))
             return
         _write_zeros(self, offset, length)
+
+    def pread_into(self, buffer: Buffer, offset: int) -> None:
+        view = memoryview(buffer)
+        view[:] = self._call(offset, lambda handle: handle.pread(len(view), offset), "reading")
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """What the server says of the range; all of it is data where it says nothing."""
+        if not self._can_extents:
+            yield Extent(offset, length, ALLOCATED)
+            return
+        found: list[int] = []
+
+        def note(context: str, at: int, entries: list[int], error: Any) -> int:
+            if context == self._nbd.CONTEXT_BASE_ALLOCATION and at == offset:
+                found[:] = entries
+            return 0
+
+        ask = min(length, _MOST_ASKED)
+        with suppress(StorageError):  # then its bytes will tell
+            self._call(offset, lambda handle: handle.block_status(ask, offset, note), "asking")
+        at, end = offset, offset + length
+        for n, flags in zip(found[::2], found[1::2], strict=True):
+            inside = min(n, end - at)
+            if inside <= 0:
+                break
+            yield Extent(at, inside, HOLE_ZERO if flags & self._nbd.STATE_ZERO else ALLOCATED)
+            at += inside
+        if at == offset:
+            yield Extent(offset, ask, ALLOCATED)
 
     def flush(self) -> None:
         for handle in self._all:
@@ -166,12 +205,12 @@ class NbdTarget:
             for handle in self._all[:1]:
                 handle.kill_subprocess(signal.SIGKILL)
 
-    def _call(self, offset: int, do: Callable[[Any], None]) -> None:
+    def _call(self, offset: int, do: Callable[[Any], Any], how: str = "writing to") -> Any:
         handle = self._idle.get()
         try:
-            do(handle)
+            return do(handle)
         except self._nbd.Error as e:
-            raise _failed(self._name, offset, said(e)) from e
+            raise _failed(self._name, offset, said(e), how) from e
         finally:
             self._idle.put(handle)
 
@@ -181,16 +220,8 @@ def _write_zeros(target: Target, offset: int, length: int) -> None:
         target.write(_ZEROS[: offset + length - at], at)
 
 
-def file_kind(path: str) -> int | None:
-    """The type bits of a file's mode, None when there is none."""
-    try:
-        return stat.S_IFMT(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return None
-
-
-def _failed(name: str, offset: int, why: str) -> StorageError:
-    return StorageError(f"writing to {shown(name)} at offset {offset:#x} failed: {why}")
+def _failed(name: str, offset: int, why: str, how: str = "writing to") -> StorageError:
+    return StorageError(f"{how} {shown(name)} at offset {offset:#x} failed: {why}")
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Final
+
+from .typed import Final
 
 # PyDLL: called with the GIL held, as these functions expect.
 _PYTHON: Final = ctypes.PyDLL(None)

@@ -2,33 +2,48 @@
 
 A range list is gone through twice.  First it is only counted: so the tables are known to be
 readable, and the space to be there, before anything is written.
+
+Every request to a target stays in an aligned block of 2 MiB, or covers whole ones, and all of a
+block is done by one thread, one request after the other.  2 MiB is the largest cluster, so no
+cluster of the target has two of our requests at a time.  Where another program writes it
+(``foreign``), zeros and data do not even meet: first all the zeros go, then a flush, then the data.
+
+QEMU 7.2 at least needs that: with extended L2 entries it loses a request for zeros that runs
+beside a copy-on-write of the same cluster (docs/upstream-qemu.md).  Phases alone would not do,
+since QEMU may treat two of a kind differently: data that it finds to be zeros
+(``--detect-zeroes``), and zeros whose ends are no subcluster's, which it writes as data.
+
+Zeros first: they give back the space that the data may need.  And a server that makes more zeros
+than it was asked for, since all around is zero as yet (QEMU does that with clusters), then does so
+before the data comes, and not after.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from threading import Lock
+from itertools import groupby
 from typing import Final, NamedTuple, Protocol
 
-from .disk import ALLOCATED, Disk, Extent, RawLayer, merged
+from .disk import ALLOCATED, HOLE_ZERO, Disk, Extent, RawLayer, merged
 from .interrupts import check
 from .progress import Advance
 from .storage import Buffer
 from .targets import Target
+from .workers import spread
 
 #: Gives the ranges to move, from the start each time it is called.
 Plan = Callable[[], Iterable[Extent]]
 
+#: What one thread does in one go.
+Block = list[Extent]
+
 THREADS: Final = min(8, max(2, os.cpu_count() or 1))
 THREADS_REMOTE: Final = 8  # they wait for a server, not for a processor
 
-# The largest cluster: no compressed one is then decoded for two pieces.
-_PIECE: Final = 2 << 20
+#: The largest cluster: no compressed one is decoded for two pieces either.
+PIECE: Final = 2 << 20
 _ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
-
-_PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
 class Source(Protocol):
@@ -48,8 +63,11 @@ class RawSource:
 
     def plan(self) -> Iterator[Extent]:
         """All of it, as its holes say."""
-        for offset, length, kind, _ in self._layer.pieces(0, self._layer.size):
-            yield Extent(offset, length, kind)
+        return self.extents(0, self._layer.size)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        for start, n, kind, _ in self._layer.pieces(offset, length):
+            yield Extent(start, n, kind)
 
 
 class Amount(NamedTuple):
@@ -89,60 +107,51 @@ def transfer(
     The first error of any thread ends it and is raised; so does Ctrl-C
     (:mod:`.interrupts`).
     """
-    pieces = _Pieces(plan())
 
-    def work() -> None:
-        buffer = memoryview(bytearray(_PIECE))
-        for piece in pieces:
-            if piece.type == ALLOCATED:
-                view = buffer[: piece.length]
-                source.pread_into(view, piece.offset)
-                target.write(view, piece.offset)
-                advance(piece.length)
-            else:
-                target.zero(piece.offset, piece.length)
+    def writer() -> Callable[[Block], None]:
+        buffer = memoryview(bytearray(PIECE))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(threads)]
-            running = True
-            while running:
-                check()
-                done, pending = wait(futures, _PATIENCE, return_when=FIRST_EXCEPTION)
-                running = bool(pending) and not any(f.exception() for f in done)
-        finally:
-            pieces.stop()  # leaving the block waits for what each is doing now
-    for future in done:
-        future.result()
+        def write(block: Block) -> None:
+            for offset, length, kind in block:
+                if kind == ALLOCATED:
+                    source.pread_into(buffer[:length], offset)
+                    target.write(buffer[:length], offset)
+                    advance(length)
+                else:
+                    target.zero(offset, length)
+
+        return write
+
+    if target.foreign:
+        for kind in (HOLE_ZERO, ALLOCATED):
+            spread(_blocks(_only(kind, plan())), writer, threads)
+            target.flush()
+        return
+    spread(_blocks(plan()), writer, threads)
     target.flush()
 
 
-class _Pieces:
-    """The ranges cut to size, handed out to many threads."""
-
-    def __init__(self, extents: Iterable[Extent]) -> None:
-        self._pieces = _cut(extents)
-        self._lock = Lock()
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def __iter__(self) -> Iterator[Extent]:
-        return self
-
-    def __next__(self) -> Extent:
-        with self._lock:
-            if self._stopped:
-                raise StopIteration
-            return next(self._pieces)
+def _only(kind: int, extents: Iterable[Extent]) -> Iterator[Extent]:
+    for extent in extents:
+        check()
+        if extent.type == kind:
+            yield extent
 
 
-def _cut(extents: Iterable[Extent]) -> Iterator[Extent]:
+def cut(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The ranges in pieces for one request each."""
     for offset, length, kind in merged(extents):
-        step = _PIECE if kind == ALLOCATED else _ZERO_PIECE
         at, end = offset, offset + length
         while at < end:
-            stop = min(end, (at // step + 1) * step)
+            largest = PIECE if kind == ALLOCATED or at % PIECE else _ZERO_PIECE
+            stop = min(end, (at // largest + 1) * largest)
+            if stop == end and end - at > PIECE:
+                stop = end // PIECE * PIECE  # what is left begins a block
             yield Extent(at, stop - at, kind)
             at = stop
+
+
+def _blocks(extents: Iterable[Extent]) -> Iterator[Block]:
+    """The pieces by the block in which they begin; none goes on into a block where others are."""
+    for _, block in groupby(cut(extents), lambda piece: piece.offset // PIECE):
+        yield list(block)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from typing import Final
-
 from .errors import UsageError
+from .typed import Final
 
 _SUFFIXES: Final = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60, "s": 9}
 
@@ -16,6 +14,8 @@ def parse_size(text: str) -> int:
     nbdkit's parser prints an error line of its own, which does not name the key; hence this one.
     Raises UsageError.
     """
+    import re
+
     found = re.fullmatch(r"\+?(\d+)([a-z]?)", text.lower(), re.ASCII)
     if found is None or found[2] not in _SUFFIXES:
         raise UsageError(f"{text!r} is no size: give bytes, or a number with a unit, like 64M")

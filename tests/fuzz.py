@@ -36,7 +36,7 @@ if len(sys.argv) > 1 and __name__ == "__main__":
 
 from support import catalogue, damage, qemu
 
-from qcow2snap_core import bitmaps, codecs, libnbd, luks, mapping, snapshots
+from qcow2snap_core import bitmaps, codecs, libnbd, luks, mapping, records, snapshots
 from qcow2snap_core import ondisk as q
 from qcow2snap_core.cache import BoundedCache
 from qcow2snap_core.errors import Error, ImageError
@@ -82,7 +82,7 @@ def table(data: bytes) -> None:
     found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
     assert not found.torn
     for s in found.snapshots[:3]:
-        again = snapshots.read_table_once(storage, s.identity)  # type: ignore[arg-type]
+        again = snapshots.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
         assert again.proof is not None
         assert again.proof.holds(storage)  # type: ignore[arg-type]
 
@@ -157,6 +157,14 @@ def uri(data: bytes) -> None:
     assert libnbd.is_uri(once) == libnbd.is_uri(text)
 
 
+def copy_record(data: bytes) -> None:
+    """What is taken for a record says the same when it is written again."""
+    with suppress(ValueError):
+        found = records.parse(data)
+        assert str(found.holds).isprintable()
+        assert records.parse(records.text(found)) == found
+
+
 # A header that is good: version 3, clusters of 64 KiB.
 EMPTY = struct.pack(">4sIQII", b"QFI\xfb", 3, 0, 0, 16).ljust(100, b"\0") + struct.pack(">I", 104)
 
@@ -168,6 +176,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "luks": luks_header,
     "bitmaps": bitmap_directory,
     "uri": uri,
+    "record": copy_record,
 }
 
 
@@ -190,6 +199,11 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
     if target == "uri":
         yield b"nbds+unix://user:password@/export?socket=/run/a&tls-psk-file=keys"
         yield b"nbd://[::1]:10809/a%20b"
+        return
+    if target == "record":
+        who = records.Held("1", "weekly", 1_700_000_000, 5, 7, "ab" * 32)
+        yield records.text(records.Record(who, size=1 << 26, mtime_ns=1_700_000_000_123_456_789))
+        yield records.text(records.Record(who._replace(id="2"), who, between=True))
         return
     if target == "bitmaps":
         path = qemu.create(directory / "bitmaps.qcow2", 1 << 20)

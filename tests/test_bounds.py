@@ -21,6 +21,7 @@ from support.tables import Entry, write_table
 
 from qcow2snap_core import ondisk as q
 from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.check import check
 from qcow2snap_core.clusters import EncryptedClusters
 from qcow2snap_core.codecs import Zlib, Zstd
 from qcow2snap_core.diff import changes
@@ -28,8 +29,10 @@ from qcow2snap_core.encryption import Encryption
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.exports import exports_of
 from qcow2snap_core.guard import SnapshotGuard
-from qcow2snap_core.image import Options, open_image
+from qcow2snap_core.image import Image, Options, open_image
+from qcow2snap_core.sharing import picture
 from qcow2snap_core.snapshots import Snapshot, read_table
+from qcow2snap_core.space import exclusive_sizes
 
 ALLOWED = 64 * MiB
 
@@ -53,7 +56,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 def fill_table(path: Path, count: int, name: Callable[[int], bytes], extra: bytes = b"") -> None:
-    real = qemu.snapshots(path)["real"]
+    real = next(iter(qemu.snapshots(path).values()))
     place = real.l1_table_offset, real.l1_size
     write_table(path, [Entry(b"%d" % n, name(n), *place, extra=extra) for n in range(count)])
 
@@ -133,6 +136,25 @@ def count_reads(storage: object) -> list[int]:
 
     storage.read = counted  # type: ignore[attr-defined]
     return offsets
+
+
+ASKED_OF_ALL: dict[str, Callable[[Image], object]] = {
+    "list": lambda image: exclusive_sizes(image, image.snapshots),
+    "list --tree": lambda image: picture(image, image.snapshots, 70),
+    "check": check,
+}
+
+
+@pytest.mark.parametrize("kind", ASKED_OF_ALL)
+def test_the_table_is_not_read_again_for_each_of_its_snapshots(disk: Path, kind: str) -> None:
+    looks = []
+    for count in (10, 1000):
+        fill_table(disk, count, lambda n: b"nightly-%d" % n, EXTRA)
+        with open_image(str(disk)) as image:
+            offsets = count_reads(image.storage)
+            ASKED_OF_ALL[kind](image)
+        looks.append(offsets.count(q.SNAPSHOT_FIELDS_OFFSET))
+    assert looks[0] == looks[1]
 
 
 # --- The work of one request ---

@@ -12,6 +12,7 @@ import pytest
 from support import damage, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import set_refcount
+from support.tables import Entry, write_table
 
 import qcow2snap_core
 from qcow2snap_core.check import check
@@ -23,6 +24,7 @@ from qcow2snap_core.findings import (
     OVERLAP,
     Finding,
 )
+from qcow2snap_core.refcounts import Uses
 
 CLUSTER = 4 * KiB
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,6 +101,14 @@ def stream_past_end(path: Path) -> None:
     damage.put64(path, at, 1 << 62 | damage.END_OF_FILE)
 
 
+def two_on_one_cluster(guest: int) -> Callable[[Path], None]:
+    def patch(path: Path) -> None:
+        at = damage.l2_entry(path, "one", guest)
+        damage.put64(path, at, qemu.field64(path, at + 8))
+
+    return patch
+
+
 def uncount(guest: int) -> Callable[[Path], None]:
     return lambda path: set_refcount(path, host(path, "one", guest) // CLUSTER, 0)
 
@@ -127,7 +137,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, set[str]]] = {
     "reserved bit": (l2(lambda e: e | 2), BAD_ENTRY, ONE),
     "past the end": (l2(lambda e: damage.END_OF_FILE), BAD_ENTRY, ONE),
     "stream past the end": (stream_past_end, BAD_ENTRY, ONE),
-    "data on a table": (onto_table, OVERLAP, ONE),
+    "data on a table": (onto_table, OVERLAP, ALL),
+    "two guest clusters on one": (two_on_one_cluster(8 * KiB), NOT_COUNTED, ONE),
+    "two on one that all share": (two_on_one_cluster(2 * MiB), NOT_COUNTED, ALL),
     "data on the header": (l2(lambda e: 1 << 63), "", set()),  # offset 0 is no data
     "table unaligned": (l1(0x10200), BAD_ENTRY, ONE),
     "table past the end": (l1(damage.END_OF_FILE), BAD_TABLE, ONE),
@@ -151,10 +163,13 @@ def test_damage_is_found_and_whose_it_is(disk: Path, name: str) -> None:
         assert {o for f in findings if f.problem == problem for o in f.snapshots} == owners
     else:
         assert not findings
-    if owners == ONE:
-        assert found(disk, "two") == []
-    if "1" in owners and name != "counted too little":  # two are enough for one snapshot's one use
-        assert found(disk, "one")
+    for snapshot, id_ in (("one", "1"), ("two", "2")):
+        its = [f for f in findings if id_ in f.snapshots or not f.snapshots]
+        assert places(found(disk, snapshot)) == places(its)
+
+
+def places(findings: list[Finding]) -> set[tuple[str, int | None, frozenset[str]]]:
+    return {(f.problem, f.host, frozenset(f.snapshots)) for f in findings}
 
 
 def test_shared_clusters_that_may_be_written_in_place(disk: Path) -> None:
@@ -164,7 +179,9 @@ def test_shared_clusters_that_may_be_written_in_place(disk: Path) -> None:
     damage.put64(disk, at, qemu.field64(disk, at) | 1 << 63)
     assert qemu_finds(disk)
     (finding,) = found(disk)
-    assert (finding.problem, finding.snapshots) == (IN_PLACE, ("@active",))
+    assert (finding.problem, finding.snapshots) == (IN_PLACE, ("2", "@active"))
+    assert found(disk, "two") == [finding._replace(message=found(disk, "two")[0].message)]
+    assert found(disk, "one") == []
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32, 64])
@@ -201,6 +218,130 @@ def test_tables_on_one_another(disk: Path) -> None:
     damage.put64(disk, snapshot.entry_offset, qemu.field64(disk, 48))
     findings = found(disk)
     assert OVERLAP in {f.problem for f in findings}
+
+
+# --- The entries of the snapshot table ---
+
+SIZES = struct.pack(">QQQ", 0, 4 * MiB, 2**64 - 1)
+
+# Which fields are changed in the entry of "two"; words of the finding; whether QEMU sees it.
+ODD_ENTRIES: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "nothing odd": ({}, "", False),
+    "all that version 3 needs": ({"extra": SIZES[:16]}, "", False),
+    "no disk size": ({"extra": SIZES[:15]}, "has 15 bytes of extra data, too few", True),
+    "no extra data": ({"extra": b""}, "has 0 bytes of extra data, too few", True),
+    "an empty ID": ({"id": b""}, "has an empty ID", False),
+    "another's ID": ({"id": b"1"}, "has the same ID as 1 other", False),
+    "an empty name": ({"name": b""}, "", False),
+    "no L1 table": ({"l1_table_offset": 0, "l1_size": 0}, "has no L1 table for its disk", False),
+    "neither L1 table nor disk": (
+        {"l1_table_offset": 0, "l1_size": 0, "extra": bytes(24)},
+        "",
+        False,
+    ),
+    "a short L1 table": (
+        {"extra": struct.pack(">QQ", 0, 1 << 40)},
+        "has an L1 table that ends at 4194304 of the 1099511627776 bytes of its disk",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ENTRIES)
+def test_an_entry_that_no_qemu_writes(disk: Path, name: str) -> None:
+    changes, words, qemu_sees = ODD_ENTRIES[name]
+    one, two = (
+        Entry(s.id.encode(), s.name.encode(), s.l1_table_offset, s.l1_size, extra=SIZES)
+        for s in qemu.snapshots(disk).values()
+    )
+    table = one.pack() + Entry(**{**vars(two), **changes}).pack()
+    qemu.patch(disk, qemu.snapshots(disk)["one"].entry_offset, table)
+    findings = found(disk)
+    if words:
+        assert {f.problem for f in findings} == {BAD_TABLE}
+        assert all(words in f.message for f in findings)
+        assert [f.message for f in findings if "entry 2 of the snapshot table" in f.message]
+    else:
+        assert findings == []
+    assert qemu_finds(disk) == qemu_sees
+    # What concerns one of them is told when that is asked for.
+    with qcow2snap_core.open(str(disk)) as image:
+        for s in image.snapshots:
+            its = [f.message for f in findings if s.name[:3] in f.message]
+            assert [f.message for f in check(image, s)] == its
+
+
+def test_zeros_that_are_counted_as_entries(disk: Path) -> None:
+    damage.put_table(disk, 2, damage.table_entry(disk, qemu.snapshots(disk)["one"].entry_offset))
+    messages = [f.message for f in found(disk) if f.problem == BAD_TABLE]
+    assert [m.split("(ID ), ")[1] for m in messages] == [
+        "has an empty ID",
+        "has 0 bytes of extra data, too few to record its disk's size, which version 3 requires",
+        "has no L1 table for its disk of 4194304 bytes",
+    ]
+    assert qemu_finds(disk)
+
+
+@pytest.mark.parametrize("extra", [0, 8, 16])
+def test_old_entries_of_version_2(tmp_path: Path, extra: int) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB, compat="0.10")
+    qemu.take(path, "old")
+    (old,) = qemu.snapshots(path).values()
+    entry = Entry(
+        b"1", b"old", old.l1_table_offset, old.l1_size, extra=struct.pack(">QQ", 0, MiB)[:extra]
+    )
+    qemu.patch(path, old.entry_offset, entry.pack())
+    assert found(path) == []
+    assert not qemu_finds(path)
+
+
+# --- Limits ---
+
+
+def test_more_uses_than_32_bits_can_count(tmp_path: Path) -> None:
+    """1,100 snapshots share 16 tables, whose 262,144 entries all lead to one cluster."""
+    cluster, snapshots, shared = 2 * MiB, 1100, 16
+    path = qemu.create(tmp_path / "disk.qcow2", cluster, cluster_size=cluster)
+    end = path.stat().st_size // cluster + 1
+    data, l1, l2 = (n * cluster for n in (end, end + 1, end + 1 + snapshots))
+    with open(path, "r+b") as f:
+        for n in range(shared):
+            f.seek(l2 + n * cluster)
+            f.write(struct.pack(">Q", data) * (cluster // 8))
+        for n in range(snapshots):
+            f.seek(l1 + n * cluster)
+            f.write(struct.pack(f">{shared}Q", *range(l2, l2 + shared * cluster, cluster)))
+    size = struct.pack(">QQ", 0, cluster)
+    write_table(
+        path,
+        [
+            Entry(b"%d" % n, b"%d" % n, l1 + n * cluster, shared, extra=size)
+            for n in range(snapshots)
+        ],
+    )
+    findings = found(path)
+    assert len(findings) == 1000
+    uses = snapshots * shared * (cluster // 8)
+    assert uses > 1 << 32
+    [of_data] = [f for f in findings if f.host == data]
+    assert f"(data) is in use {uses} times and counted 0" in of_data.message
+    assert len(of_data.snapshots) == snapshots
+
+
+def test_uses_are_counted_past_32_bits() -> None:
+    uses = Uses()
+    for cluster, times in [(5, 2**32 - 1), (5, 1), (6, 7), (5, 2**40), (4096, 1)]:
+        uses.add(cluster, times)
+    uses.add_all([6, 4096, 4096, 7, 6], 2**31)
+    counted = {5: 2**32 + 2**40, 6: 7 + 2**32, 7: 2**31, 4096: 1 + 2**32}
+    assert {cluster: uses.of(cluster) for cluster in counted} == counted
+    told = {
+        first + n: times
+        for first, part in uses.stretches(64)
+        for n, times in enumerate(part)
+        if times
+    }
+    assert told == counted
 
 
 def test_there_is_an_end_to_what_is_told(tmp_path: Path) -> None:

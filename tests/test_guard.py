@@ -14,6 +14,7 @@ from support.tables import Entry
 
 import qcow2snap_core
 from qcow2snap_core import ImageError, SnapshotGone
+from qcow2snap_core import ondisk as q
 
 # What the served snapshot holds, 64 KiB each.
 DATA, COMPRESSED, ZERO, HOLE = 0, 64 * KiB, 128 * KiB, 192 * KiB
@@ -189,6 +190,77 @@ def test_a_truncated_file_is_an_error_and_nothing_worse(path, disk):
             disk.pread(512, DATA)
         with pytest.raises(ImageError):
             list(disk.extents(0, MiB))
+
+
+class Looks:
+    """How often the header's fields are read: twice for each look at the table."""
+
+    def __init__(self, image):
+        self.count = 0
+        read = image.storage.read
+
+        def counted(length, offset):
+            if offset == q.SNAPSHOT_FIELDS_OFFSET:
+                self.count += 1
+            return read(length, offset)
+
+        image.storage.read = counted
+
+    def of(self, action):
+        before = self.count
+        action()
+        return self.count - before
+
+
+def fails(disk, offset=0):
+    with pytest.raises(ImageError, match="cannot tell whether snapshot 2 'served'"):
+        disk.pread(512, offset)
+
+
+DAMAGES = {
+    "in the header": lambda path: os.truncate(path, 62),
+    "before the table": lambda path: os.truncate(path, 64 * KiB),
+    "inside the table": lambda path: os.truncate(path, snapshots(path)["served"].entry_offset + 9),
+    "an entry": lambda path: patch(path, snapshots(path)["before"].entry_offset + 36, b"\xff"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damage_that_lasts_is_waited_for_once(path, kind):
+    """It may be a table that QEMU is writing; one that is the same again is not."""
+    whole = path.read_bytes()
+    with qcow2snap_core.open(str(path)) as image:
+        disk = image.snapshot("served")
+        assert_served(disk)
+        looks = Looks(image)
+        DAMAGES[kind](path)
+        assert looks.of(lambda: fails(disk)) > 20
+        assert looks.of(lambda: [fails(disk, at) for at in EXPECTED]) == 2 * len(EXPECTED)
+        path.write_bytes(whole)
+        assert_served(disk)
+        patch(path, 60, b"\xff" * 12)  # another damage
+        assert looks.of(lambda: fails(disk)) > 20
+        assert looks.of(lambda: fails(disk)) == 2
+        path.write_bytes(whole)
+        delete(path, "served")
+        assert_gone(disk)
+
+
+def test_readers_of_a_damaged_image_wait_for_it_together(path):
+    with (
+        qcow2snap_core.open(str(path)) as image,
+        qcow2snap_core.open(str(path)) as other,
+    ):
+        disk, lonely = image.snapshot("served"), other.snapshot("served")
+        looks = Looks(image)
+        os.truncate(path, 64 * KiB)
+        alone = Looks(other).of(lambda: fails(lonely))
+        readers = [threading.Thread(target=fails, args=(disk,)) for _ in range(8)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert looks.count <= alone + 2 * 7
 
 
 def test_a_file_replaced_by_rename_goes_on_being_served(path, disk):

@@ -45,8 +45,20 @@ def test_the_first_line_of_a_descriptor(content: bytes, secret: bytes) -> None:
         os.close(out)  # it was read for this once
 
 
-def test_a_file_that_never_ends_does_not_fill_the_memory() -> None:
-    assert len(read_passphrase("passphrase", "+/dev/zero")) == 64 << 10
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\nmore"])
+def test_a_long_one_is_read_whole(tmp_path: Path, ending: bytes) -> None:
+    secret = b"s" * (64 << 10)
+    (tmp_path / "file").write_bytes(secret + ending)
+    assert read_passphrase("passphrase", f"+{tmp_path}/file") == secret
+    assert read_passphrase("passphrase", secret.decode()) == secret
+
+
+def test_one_that_is_too_long_is_refused_and_not_cut(tmp_path: Path) -> None:
+    secret = "s" * ((64 << 10) + 1)
+    (tmp_path / "file").write_text(secret)
+    for value in (secret, f"+{tmp_path}/file", "+/dev/zero"):
+        with pytest.raises(UsageError, match=r"passphrase=: .* longer than 64 KiB"):
+            read_passphrase("passphrase", value)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_an_unknown_key_is_named_and_the_known_are_listed(key):
     [
         ("file", "", "file= is empty: give a path"),
         ("allow-dir", "", "allow-dir= is empty: give a path"),
+        ("allow-file", "", "allow-file= is empty: give a path"),
         ("backing-format", "vmdk", "backing-format=vmdk: give raw or qcow2"),
         ("backing-format", "a\nb", r"backing-format=a\\nb: give raw or qcow2"),
         ("backing-format", "", "backing-format=: give raw or qcow2"),
@@ -106,15 +107,18 @@ def test_a_relative_path_is_taken_from_where_nbdkit_was_started(disk, monkeypatc
         assert [s.name for s in image.snapshots] == ["nightly"]
 
 
-def test_a_relative_allowed_directory_too(tmp_path, monkeypatch):
+def test_relative_allowed_directories_and_files_too(tmp_path, monkeypatch):
     (tmp_path / "bases").mkdir()
     (tmp_path / "images").mkdir()
     create(tmp_path / "bases" / "base.qcow2", 64 * KiB)
     top = create(tmp_path / "images" / "top.qcow2", None, backing=("../bases/base.qcow2", "qcow2"))
     monkeypatch.chdir(tmp_path)
-    settings = given(("file", top), ("allow-dir", "images"), ("allow-dir", "bases"))
+    allowed = [("allow-dir", "images"), ("allow-dir", "bases")]
+    files = [("allow-file", "images/top.qcow2"), ("allow-file", "bases/base.qcow2")]
+    both = [given(("file", top), *keys) for keys in (allowed, files)]
     monkeypatch.chdir("/")
-    settings.open_image().close()
+    for settings in both:
+        settings.open_image().close()
 
 
 def test_the_backing_format_is_for_an_image_that_records_none(tmp_path):

@@ -14,7 +14,7 @@ from support.devices import opened
 from support.qemu import KiB, MiB, run
 
 from qcow2snap_core.errors import StorageError, UsageError
-from qcow2snap_core.storage import open_storage
+from qcow2snap_core.storage import inode, open_storage
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_an_image_behind_symlinks_lies_where_the_last_one_leads(tmp_path, file):
     (tmp_path / "a" / "one").symlink_to("../disk.raw")
     (tmp_path / "two").symlink_to("a/one")
     asked = []
-    with opened(tmp_path / "two", asked.append) as storage:
-        assert asked == [str(file)]
+    with opened(tmp_path / "two", lambda *what: asked.append(what)) as storage:
+        assert asked == [(str(file), inode(os.stat(file)))]
         assert storage.directory == str(tmp_path)
         assert storage.path == str(tmp_path / "two")
 
@@ -121,7 +121,7 @@ def test_one_file_under_two_names_is_one_inode(tmp_path, file):
 
 
 def test_a_refusal_is_passed_on(file):
-    def permit(real):
+    def permit(real, which):
         raise UsageError("not this one")
 
     with pytest.raises(UsageError, match="^not this one$"):
@@ -131,7 +131,7 @@ def test_a_refusal_is_passed_on(file):
 def test_what_was_permitted_is_what_is_opened(tmp_path, file, data):
     """Somebody exchanges the file at the very last moment."""
 
-    def permit(real):
+    def permit(real, which):
         (tmp_path / "other").write_bytes(b"secret")
         os.replace(tmp_path / "other", real)
 
@@ -140,7 +140,7 @@ def test_what_was_permitted_is_what_is_opened(tmp_path, file, data):
 
 
 def test_no_descriptor_is_left_behind(tmp_path, file):
-    def refuse(real):
+    def refuse(real, which):
         raise UsageError("no")
 
     before = os.listdir("/proc/self/fd")

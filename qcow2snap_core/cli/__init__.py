@@ -3,68 +3,87 @@
 A command module has ``HELP`` (a line), ``EXAMPLE`` (a command that works), ``arguments`` (adds
 them to its parser) and ``run`` (does it and returns the exit status).  This file only finds the
 module, and turns errors into one line and a status: 0 done, 1 an error, 2 a usage error, 3 what
-``check`` found, 130 interrupted.
+``check`` found, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
-import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import Error, escaped, reason
+from ..errors import Error, reason
+from ..interrupts import Interrupted, ending
+from ..native import ENGINE
+from .parser import Parser
+from .streams import OutputLost, failed, give_up_output, say, take
 
 COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve")
+
+#: Those that do something; what the others print is what they are called for.
+_DOING = ("copy", "split", "join", "mount", "serve")
 
 
 def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
-    status = main()
+    take(reports_only=any(word in _DOING for word in sys.argv[1:2]))
+    with ending():
+        status = main()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if none is given); returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(_needed(argv)).parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
     except Error as e:
         return _fail(str(e))
+    except Interrupted as e:
+        return e.status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever was reading has seen enough; Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OutputLost as e:
+        give_up_output()
+        # Whoever closed a pipe has seen enough.
+        return 1 if e.errno == errno.EPIPE else _fail(f"write error: {reason(e)}")
     except OSError as e:
-        where = f"{escaped(str(e.filename))}: " if e.filename else ""
-        return _fail(f"{where}{reason(e)}")
+        return _fail(failed(e))
 
 
 def _fail(message: str) -> int:
-    print(f"qcow2snap: {message}", file=sys.stderr)
+    say(message)
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _needed(argv: Sequence[str]) -> Sequence[str]:
+    """The commands whose modules a command line takes: to import all of them takes longer than
+    most commands, and only help and complaints are about all."""
+    if argv[:1] == ["--version"]:
+        return ()
+    return argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+
+
+def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",
     )
-    parser.add_argument("--version", action="version", version=f"qcow2snap {__version__}")
+    engine = "no" if ENGINE is None else "yes"
+    version = f"qcow2snap {__version__} (native engine: {engine})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,

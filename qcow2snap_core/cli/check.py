@@ -1,11 +1,12 @@
-"""Read all metadata, of the image or of what one snapshot needs, and report what is out of bounds,
-overlapping or not counted.  Nothing is changed, and nobody should be writing to the image.  The
+"""Read all metadata and report what is out of bounds, overlapping or not counted, of everything or
+of what concerns one snapshot.  Nothing is changed, and nobody should be writing to the image.  The
 status is 0 if it is clean, 3 if it is damaged, 1 if it could not be checked."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Final
 
 from ..check import check
 from ..errors import escaped, shown
@@ -44,11 +45,21 @@ def run(args: argparse.Namespace) -> int:
         print_json(_object(f) for f in findings)
     else:
         for f in findings:
-            whose = f" [{', '.join(map(escaped, f.snapshots))}]" if f.snapshots else ""
-            print(f"{f.problem}: {f.message}{whose}")
+            print(f"{f.problem}: {f.message}{_whose(f)}")
     if len(findings) >= MOST:
         print(f"qcow2snap: stopped after {MOST} findings", file=sys.stderr)
     return DAMAGED if findings else 0
+
+
+_MOST_IDS: Final = 50  # in a line
+
+
+def _whose(finding: Finding) -> str:
+    """In brackets; an empty ID as it is written in a shell."""
+    ids = [escaped(id_) or "''" for id_ in finding.snapshots[:_MOST_IDS]]
+    if len(finding.snapshots) > _MOST_IDS:
+        ids.append(f"and {len(finding.snapshots) - _MOST_IDS} more")
+    return f" [{', '.join(ids)}]" if ids else ""
 
 
 def _object(finding: Finding) -> dict[str, object]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeVar
 
 from ..disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from ..errors import UsageError
+from ..errors import SnapshotGone, UsageError
 from ..image import BACKING_FORMATS, Image, Options, open_image
 from ..locks import Quiet
 from ..passphrase import read_passphrase
+from ..snapshots import Snapshot, Table
 
 ACTIVE: Final = "@active"
 
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
-
-_MOST_LAYERS: Final = 9  # of which each can have a passphrase of its own
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +32,13 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a further directory in which backing files may lie; / trusts every path",
     )
     group.add_argument(
+        "--allow-file",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="a file or block device that may be a backing or data file",
+    )
+    group.add_argument(
         "--backing-format",
         choices=BACKING_FORMATS,
         help="the format of a backing file whose image records none",
@@ -43,10 +49,16 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET|+FILE|-|-FD",
         help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
     )
-    for layer in range(1, _MOST_LAYERS + 1):
-        group.add_argument(
-            f"--passphrase.{layer}", dest=f"passphrase_{layer}", help=argparse.SUPPRESS
-        )
+
+
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves out the comparison of what was written with its source."""
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not read back and compare what was written",
+    )
 
 
 def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
@@ -55,13 +67,18 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
     Raises as :func:`.open_image`.
     """
     passphrases = {}
-    for layer in range(_MOST_LAYERS + 1):
-        value = getattr(args, f"passphrase_{layer}")
-        if value is not None and data:
+    for name, value in vars(args).items():
+        if name.startswith("passphrase_") and value is not None and data:
+            layer = int(name.removeprefix("passphrase_"))
             key = f"--passphrase.{layer}" if layer else "--passphrase"
             passphrases[layer] = read_passphrase(key, value)
     options = Options(
-        tuple(args.allow_dir), args.backing_format, passphrases, data=data, layers=layers
+        tuple(args.allow_dir),
+        args.backing_format,
+        passphrases,
+        data=data,
+        layers=layers,
+        allow_files=tuple(args.allow_file),
     )
     return open_image(args.file, options)
 
@@ -76,6 +93,23 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(Quiet(image.files))
         raise
+
+
+_T = TypeVar("_T")
+_ATTEMPTS: Final = 5
+
+
+def of_all(image: Image, ask: Callable[[Sequence[Snapshot]], _T]) -> tuple[Table, _T]:
+    """The snapshot table, and what ``ask`` finds out about all snapshots in it; both are had anew
+    when one was deleted meanwhile.  Raises SnapshotGone when that happens each time."""
+    for attempt in range(_ATTEMPTS):
+        table = image.table()
+        try:
+            return table, ask(table.snapshots)
+        except SnapshotGone:
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

@@ -2,16 +2,17 @@
 after the file without the ending. The active disk is TOP's, and OUT has no backing file.
 
 The chain is only read, and must not be in use. OUT is neither compressed nor encrypted; it
-appears when it is whole."""
+appears when it is whole: when every snapshot has been read back and compared with its file."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..chains import join
+from ..chains import JOIN_TARGETS, join
+from ..destination import destination
 from ..errors import escaped
 from ..interrupts import deferred
-from .common import add_image_options, open_from
+from .common import add_image_options, add_no_verify, open_from
 from .running import warn
 
 HELP = "an external chain to one image with internal snapshots"
@@ -21,11 +22,13 @@ EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="TOP", help="the topmost image of the chain")
     parser.add_argument("out", metavar="OUT", help="the image to make")
+    add_no_verify(parser)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.out, JOIN_TARGETS)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        names = join(image, args.out, warn)
+        names = join(image, args.out, warn, args.verify)
     print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")
     return 0

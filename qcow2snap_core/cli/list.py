@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from ..entries import oddities
 from ..errors import ImageError, escaped, shown
 from ..exports import exports_of
 from ..image import Image
 from ..sharing import picture
-from ..snapshots import Snapshot, date
+from ..snapshots import Snapshot, Table, date
 from ..space import exclusive_sizes
 from ..units import binary
-from .common import ACTIVE, add_image_options, open_from, print_json, print_table
+from .common import ACTIVE, add_image_options, of_all, open_from, print_json, print_table
 from .strips import text
 
 HELP = "the snapshots, and the space that each takes alone"
@@ -39,28 +42,44 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with open_from(args, data=False, layers=False) as image:
-        table = image.table()
         if args.tree:
-            _print_tree(image, table.snapshots)
-        sizes = [] if args.tree else exclusive_sizes(image, table.snapshots)
+            table = _print_tree(image)
+            sizes: list[int | None] = []
+        else:
+            table, sizes = of_all(image, partial(exclusive_sizes, image))
+        odd = [wrong for _, wrong in oddities(table.snapshots, image.header)]
     listed = list(zip(table.snapshots, sizes, strict=not args.tree))
     if args.json:
         names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
         print_json(_object(s, size, names.get(id(s))) for s, size in listed)
     elif listed:
         print_table([_TITLES, *(_row(s, size) for s, size in listed)], _NUMBERS)
+    if odd:
+        more = f" (and {len(odd) - 1} more like this)" if len(odd) > 1 else ""
+        print(
+            f"qcow2snap: {shown(image.path)}: {odd[0]}{more}: it is listed as it stands, "
+            f"qcow2snap check tells all that is wrong",
+            file=sys.stderr,
+        )
     if table.damage:
         raise ImageError(f"{shown(args.file)}: the snapshot table is damaged: {table.damage}")
     return 0
 
 
-def _print_tree(image: Image, snapshots: Sequence[Snapshot]) -> None:
-    names = [(escaped(s.id), escaped(s.name)) for s in snapshots] + [("", ACTIVE)]
-    ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
-    width = shutil.get_terminal_size().columns - ids - tags - len("    ")
-    rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
-    for line in text(picture(image, snapshots, max(width, _NARROWEST)), rows):
+def _print_tree(image: Image) -> Table:
+    columns = shutil.get_terminal_size().columns
+
+    def draw(snapshots: Sequence[Snapshot]) -> Iterator[str]:
+        names = [(escaped(s.id), escaped(s.name)) for s in snapshots] + [("", ACTIVE)]
+        ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
+        rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
+        width = columns - ids - tags - len("    ")
+        return text(picture(image, snapshots, max(width, _NARROWEST)), rows)
+
+    table, lines = of_all(image, draw)
+    for line in lines:
         print(line)
+    return table
 
 
 def _object(s: Snapshot, exclusive: int | None, export: str | None) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from ..image import Image
 from ..mapping import COMPRESSED
 from ..sharing import picture
 from ..snapshots import Choice, choose
-from .common import ACTIVE, WORDS, add_image_options, disk_named, map_line, open_from, print_json
+from .common import (
+    ACTIVE,
+    WORDS,
+    add_image_options,
+    disk_named,
+    map_line,
+    of_all,
+    open_from,
+    print_json,
+)
 from .strips import svg
 
 HELP = "a snapshot's extents, and where in the file they are"
@@ -54,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_svg(image: Image, name: str | None) -> None:
-    table = image.table()
-    found = picture(image, table.snapshots, _CELLS)
+    table, found = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
     if name is not None:
         chosen = None
         if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in table.snapshots):

@@ -5,17 +5,19 @@ An overlay is named after its snapshot: what a file name cannot hold is percent-
 ID stands for names that are empty, repeated, too long or 'active'. A backing file of FILE becomes
 that of the base; if anything is encrypted, the base holds all of it instead. The overlays are
 neither compressed nor encrypted, and VM state is not carried over. FILE is only read, and must not
-be in use. OUTDIR appears when it is whole."""
+be in use. OUTDIR appears when it is whole: when every overlay has been read back and compared with
+its snapshot."""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from ..chains import split
+from ..chains import SPLIT_TARGETS, split
+from ..destination import destination
 from ..errors import escaped
 from ..interrupts import deferred
-from .common import add_image_options, open_from
+from .common import add_image_options, add_no_verify, open_from
 from .running import warn
 
 HELP = "internal snapshots to an external chain"
@@ -25,11 +27,13 @@ EXAMPLE = "qcow2snap split disk.qcow2 chain/"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument("outdir", metavar="OUTDIR", help="a directory, absent or empty")
+    add_no_verify(parser)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    destination(args.outdir, SPLIT_TARGETS)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        for name in split(image, args.outdir, warn):
+        for name in split(image, args.outdir, warn, args.verify):
             print(escaped(os.path.join(args.outdir, name)))
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..interrupts import deferred
 from ..take import take
-from .running import terminate_as_interrupt
 
 HELP = "ask a running QEMU for a snapshot"
 EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     # `--device a b NAME` means what it looks like, though argparse sees two positionals.
     *more, name = args.names
 
-    terminate_as_interrupt()  # the guest must be thawed in any case
-    for taken in take(args.qmp, [*args.device, *more], name, args.agent):
-        print(taken.command())
+    with deferred():  # the guest must be thawed in any case
+        for taken in take(args.qmp, [*args.device, *more], name, args.agent):
+            print(taken.command())
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from support import damage, qemu
 from support.command import qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB
 from support.refcounts import set_refcount
+from support.tables import Entry, write_table
 
 
 @pytest.fixture
@@ -53,3 +55,23 @@ def test_refcounts_that_are_known_to_be_stale_are_not_compared(disk: Path) -> No
     done = run("check", disk)
     assert (done.returncode, done.stdout) == (0, "")
     assert "is marked dirty" in done.stderr
+
+
+def test_a_line_names_no_more_than_fifty(disk: Path) -> None:
+    s = qemu.snapshots(disk)["weekly"]
+    size = struct.pack(">QQ", 0, MiB)
+    write_table(
+        disk,
+        [Entry(b"%d" % n, b"", s.l1_table_offset, s.l1_size, extra=size) for n in range(60)],
+    )
+    host = damage.l2_table(disk, "", 0)
+    [line] = [
+        x for x in qcow2snap("check", disk, status=3).splitlines() if f"offset {host:#x} (" in x
+    ]
+    assert line.endswith(", 48, 49, and 10 more]")
+    [finding] = [
+        f
+        for f in qcow2snap_json("check", disk, status=3)
+        if (f["problem"], f.get("host")) == ("refcount", host)
+    ]
+    assert finding["snapshots"] == [*map(str, range(60))]

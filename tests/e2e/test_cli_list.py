@@ -10,6 +10,7 @@ import pytest
 from support import damage, qemu
 from support.command import fails, qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB
+from support.tables import Entry
 
 
 @pytest.fixture
@@ -91,6 +92,28 @@ def test_a_damaged_table_is_listed_as_far_as_it_goes(disk: Path) -> None:
     assert done.returncode == 1
     assert "the snapshot table is damaged: entry 3 of 3" in done.stderr
     assert [s["name"] for s in json.loads(done.stdout)] == ["weekly", "with space"]
+
+
+def test_entries_that_no_qemu_writes_are_listed_as_they_stand(disk: Path) -> None:
+    one, two = qemu.snapshots(disk).values()
+    entry = damage.table_entry(disk, one.entry_offset)
+    same = Entry(b"1", b"again", two.l1_table_offset, two.l1_size, extra=bytes(8))
+    damage.put_table(disk, 3, entry + bytes(-len(entry) % 8) + same.pack())
+    done = run("list", disk, "--json")
+    assert done.returncode == 0
+    assert [(s["id"], s["name"], s["disk-size"], s["export"]) for s in json.loads(done.stdout)] == [
+        ("1", "weekly", 2 * MiB, "weekly"),
+        ("1", "again", 3 * MiB, "again"),
+        ("", "", 3 * MiB, None),
+    ]
+    (line,) = done.stderr.splitlines()
+    assert "entry 1 of the snapshot table, snapshot 'weekly' (ID 1), has the same ID as" in line
+    assert "(and 5 more like this)" in line
+    listed = run("list", disk)
+    assert (listed.returncode, len(listed.stdout.splitlines())) == (0, 4)
+    assert listed.stderr == done.stderr
+    lines = qcow2snap("check", disk, status=3).splitlines()
+    assert [x.rsplit(" ", 1)[1] for x in lines if "has an empty ID" in x] == ["['']"]
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

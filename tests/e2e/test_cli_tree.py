@@ -187,3 +187,15 @@ def test_what_is_refused(disk: Path) -> None:
     assert run("map", disk).returncode == 2
     assert run("map", disk, "monday", "--svg", "--json").returncode == 2
     assert run("list", disk, "--tree", "--json").returncode == 2
+
+
+def test_many_tables_behind_one_cell(tmp_path: Path) -> None:
+    """They are read in parts, which no more cross cells than they go on behind the tables."""
+    path = qemu.create(tmp_path / "disk.qcow2", 2 * GiB)
+    qemu.io(path, f"write {1000 * MiB} 64k")
+    for n in range(70):
+        qemu.io(path, f"write {300 * MiB} 64k")
+        qemu.take(path, str(n))
+    lines = strips(path, 21)
+    assert lines[71] == "each character is 256 MiB:"
+    assert {line[-8:] for line in lines[1:69]} == {"·█·│····"}

@@ -117,8 +117,8 @@ def test_a_server_that_fails_is_one_line(image: Path, tmp_path: Path) -> None:
 
 REFUSED = {
     "the image itself": ("disk.qcow2", "which is being copied"),
-    "a directory": ("directory", "neither a file nor a block device"),
-    "a place that is not there": ("none/out.raw", "none: no such file or directory"),
+    "a directory": ("directory", "is a directory: give a file, a block device or an NBD URI"),
+    "a place that is not there": ("none/out.raw", "there is no directory"),
     "a server that is not there": ("nbd+unix:///?socket=none", "No such file or directory"),
 }
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import command, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.server import serve
 
@@ -76,3 +76,24 @@ def test_a_backing_file_on_a_block_device(tmp_path: Path, fmt: str) -> None:
         qemu.run("qemu-img", "rebase", "-u", "-b", device, "-F", fmt, overlay.path)
         with serve(file=overlay.path, allow_dir=device.parent) as server:
             assert server.copy("s") == expected
+        with serve(file=overlay.path, allow_file=device) as server:
+            assert server.copy("s") == expected
+
+
+def test_a_chain_on_block_devices(tmp_path: Path) -> None:
+    """Also through the command: every device has to be named."""
+    base = RandomImage(tmp_path / "base", 4, fmt="raw")
+    base.make([], 30)
+    overlay = RandomImage(tmp_path / "disk.qcow2", 5, backing=("base", "raw"))
+    overlay.make(["s"])
+    expected = qemu.content(overlay.path, "s")
+    with loop(base.path) as below:
+        qemu.run("qemu-img", "rebase", "-u", "-b", below, "-F", "raw", overlay.path)
+        to_a_device(overlay.path)
+        with loop(overlay.path) as device:
+            said = command.fails("copy", device, "s", tmp_path / "raw")
+            assert f"add allow-file={below} if you trust it" in said
+            command.qcow2snap("copy", device, "s", tmp_path / "raw", "--allow-file", below)
+            assert (tmp_path / "raw").read_bytes() == expected
+            with serve(file=device, allow_file=below) as server:
+                assert server.copy("s") == expected

@@ -36,7 +36,7 @@ def test_the_disk_is_there_until_interrupted(image: Path, tmp_path: Path, number
             f.write(b"x")
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
     eventually(lambda: not processes_with(str(image)))
 
@@ -70,21 +70,40 @@ def test_one_partition(tmp_path: Path) -> None:
         assert (where / "disk").read_bytes() == b"\7" * 64 * KiB
 
 
-def test_an_encrypted_image_with_its_secret_kept_out_of_sight(tmp_path: Path) -> None:
-    path, where, secret = tmp_path / "disk.qcow2", tmp_path / "mnt", "correct horse"
-    where.mkdir()
-    (tmp_path / "secret").write_text(secret)
-    key = ["--object", f"secret,id=s,data={secret}"]
+def encrypted(path: Path, secret: Path) -> None:
+    """An image with 7s in its first 64 KiB and a snapshot, and its passphrase in a file."""
+    key = ["--object", f"secret,id=s,file={secret}"]
     options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
     qemu.run("qemu-img", "create", "-q", *key, "-f", "qcow2", "-o", options, path, SIZE)
     opened = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
     qemu.run("qemu-io", *key, "--image-opts", "-c", "write -P 7 0 64k", opened)
     qemu.run("qemu-img", "snapshot", "-c", "one", *key, "--image-opts", opened)
+
+
+@pytest.mark.parametrize("length", [13, 64 * KiB])  # a pipe takes no more than 64 KiB
+def test_an_encrypted_image_with_its_secret_kept_out_of_sight(tmp_path: Path, length: int) -> None:
+    path, where = tmp_path / "disk.qcow2", tmp_path / "mnt"
+    secret = "correct horse".ljust(length, "!")
+    where.mkdir()
+    (tmp_path / "secret").write_text(secret)
+    encrypted(path, tmp_path / "secret")
     line = ["mount", path, "one", where, "--passphrase", f"+{tmp_path}/secret"]
     with started(*line) as process:
         until((where / "disk").exists, process)
         assert (where / "disk").read_bytes() == b"\7" * 64 * KiB + bytes(SIZE - 64 * KiB)
-        assert processes_with(secret) == []
+        assert processes_with("correct horse") == []
+
+
+def test_a_passphrase_of_two_lines_is_refused_and_not_cut(tmp_path: Path) -> None:
+    path, where = tmp_path / "disk.qcow2", tmp_path / "mnt"
+    where.mkdir()
+    (tmp_path / "secret").write_text("correct\nhorse")
+    encrypted(path, tmp_path / "secret")
+    secret = "--passphrase=correct\nhorse"
+    command.qcow2snap("copy", path, "one", tmp_path / "copy", secret)
+    assert (tmp_path / "copy").read_bytes()[: 64 * KiB] == b"\7" * 64 * KiB
+    said = command.fails("mount", path, "one", where, secret)
+    assert said == "qcow2snap: --passphrase holds a line feed: nbdkit reads one line only"
 
 
 REFUSED = {

@@ -161,7 +161,11 @@ def test_a_backing_file_outside_its_directory(tmp_path: Path, elsewhere: Path, n
     (path.parent / "link").symlink_to(elsewhere)
     (path.parent / "below").mkdir()
     line = refused(file=path)
-    assert f"the backing file of '{path}': '{elsewhere}' lies outside the directory" in line
+    written = name.format(elsewhere)
+    which = f"'{elsewhere}'"
+    if written != str(elsewhere):
+        which = f"'{written}', which leads to {which},"
+    assert f"the backing file of '{path}': {which} lies outside the directory" in line
     hint = re.search(r"add (allow-dir=\S+) if you trust it", line)
     assert hint is not None
     with serve(f"file={path}", hint[1]) as server:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from support.qemu import MiB
 from support.server import serve
 from support.tables import Entry
 
+from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.guard import SnapshotGuard
-from qcow2snap_core.image import open_image
+from qcow2snap_core.image import Image, open_image
+from qcow2snap_core.sharing import picture
 from qcow2snap_core.snapshots import Snapshot, read_fields, read_table
+from qcow2snap_core.space import exclusive_sizes
 from qcow2snap_core.storage import File, Pieces, Storage
 
 HEADER_FIELDS = (12, 60)
@@ -154,6 +158,65 @@ def test_deleted_after_the_check_has_begun(path: Path, monkeypatch) -> None:
             assert served.pread(BLOCK, 0) == block(0, 1)
         with pytest.raises(SnapshotGone):
             served.pread(BLOCK, 0)
+
+
+ASKED_OF_ALL: dict[str, Callable[[Image, Sequence[Snapshot]], object]] = {
+    "space": exclusive_sizes,
+    "strips": lambda image, snapshots: [
+        strip.cells for strip in picture(image, snapshots, 16).strips[:-1]
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ASKED_OF_ALL)
+def test_one_of_many_deleted_between_any_two_reads(path: Path, monkeypatch, kind: str) -> None:
+    """What is told of any of them is right, or nothing is: its clusters become others' tables and
+    data, and whoever shared with it does so no more."""
+    ask = ASKED_OF_ALL[kind]
+    with running(path) as q, q.guest() as disk:
+        for number in count():
+            for n, name in enumerate(("old", "middle", "new")):
+                disk.pwrite(block(0, n) * BLOCKS, n * BLOCK)
+                q.take(name)
+            disk.pwrite(b"!" * MiB, 0)
+            seen: list[int] = []
+
+            def delete() -> None:
+                q.delete("middle")
+                disk.pwrite(b"?" * MiB, 0)
+
+            def this(length: int, offset: int, seen=seen, number=number) -> bool:
+                seen.append(offset)
+                return len(seen) > number
+
+            with open_image(str(path)) as image:
+                snapshots = image.snapshots
+                right = ask(image, snapshots)
+                with monkeypatch.context() as patch:
+                    act(patch, delete, before=this)
+                    with suppress(SnapshotGone):
+                        assert ask(image, snapshots) == right, f"before read {number + 1}"
+                        assert number >= len(seen) - 1
+                if len(seen) > number:
+                    with pytest.raises(SnapshotGone, match="snapshot .* 'middle' of .* was del"):
+                        ask(image, snapshots)
+            for name in ("old", "new") if len(seen) > number else ("old", "middle", "new"):
+                q.delete(name)
+            if len(seen) <= number:
+                break
+    assert number >= len(["L1 tables", "of", "each", "L2 tables", "header", "table"])
+
+
+def test_a_list_is_made_anew_when_one_was_deleted_meanwhile(path: Path, monkeypatch) -> None:
+    with running(path) as q, q.guest() as disk, open_image(str(path)) as image:
+        for n, name in enumerate(("old", "middle", "new")):
+            disk.pwrite(block(0, n) * BLOCKS, n * BLOCK)
+            q.take(name)
+        l1 = named(image.storage, "new").l1_table_offset
+        act(monkeypatch, lambda: q.delete("middle"), after=lambda length, offset: offset == l1)
+        table, sizes = of_all(image, partial(exclusive_sizes, image))
+        assert [s.name for s in table.snapshots] == ["old", "new"]
+        assert sizes == exclusive_sizes(image, image.snapshots)
 
 
 # --- What looks like the served snapshot and is not ---

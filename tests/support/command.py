@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 from support.server import ROOT
 
@@ -30,6 +34,26 @@ def fails(*arguments: object) -> str:
     assert done.returncode == 1, done
     (line,) = done.stderr.splitlines()
     return line
+
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+def as_nobody(*arguments: object, before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run by a user who may do nothing, ``before`` by root; skips the test where that cannot be."""
+    if os.geteuid():
+        pytest.skip("only root can be somebody else")
+    if subprocess.run([*NOBODY, "test", "-r", ROOT / "qcow2snap_core"], check=False).returncode:
+        pytest.skip("others cannot read this checkout")
+    return subprocess.run(
+        [*before, *NOBODY, sys.executable, "-m", "qcow2snap_core", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ def refcounts(path: Path) -> dict[int, int]:
             continue
         own.add(block // size)
         raw = data[block : block + size]
-        for i in range(per_block):
+        for i in range(min(per_block, -(-len(data) // size) - n * per_block)):
             if width >= 8:
                 count = int.from_bytes(raw[i * width // 8 : (i + 1) * width // 8], "big")
             else:

@@ -1,0 +1,62 @@
+"""The command line's parser: argparse, but no line of it repeats what a user typed.
+
+What follows a misspelt option may be a passphrase, and error lines end up in logs.  So options
+are never abbreviated, and an error names the option that is unknown or wrong, never a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..errors import escaped
+from .streams import say
+
+_PASSPHRASE = re.compile(r"--(passphrase\.[1-9][0-9]{0,3})(?:=.*)?", re.ASCII | re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, with status 2; ``--passphrase.N`` is there for every layer N."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        known = self._option_string_actions
+        for word in args or ():
+            layer = _PASSPHRASE.fullmatch(word)
+            if layer and "--passphrase" in known and f"--{layer[1]}" not in known:
+                dest = layer[1].replace(".", "_")
+                self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            self._refuse(extra)
+        return found, extra
+
+    def _refuse(self, extra: Sequence[str]) -> NoReturn:
+        options = [word.partition("=")[0] for word in extra if word.startswith("-")]
+        if not options:
+            self.error("more arguments than it takes")
+        name = options[0] if options[0].startswith("--") else options[0][:2]
+        alike = difflib.get_close_matches(name, self._option_string_actions, 1)
+        self.error(f"unknown option {escaped(name)}" + (f" (is it {alike[0]}?)" if alike else ""))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"give one of {', '.join(action.choices)}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as e:
+            raise argparse.ArgumentError(action, "give a whole number") from e
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(?s)ignored explicit argument .*", "takes no value", message)
+        say(f"{escaped(message)}: {self.prog} --help says what there is")
+        self.exit(2)

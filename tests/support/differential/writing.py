@@ -1,0 +1,139 @@
+"""Comparisons of what is written: copies, updates of copies, chains and images made of them."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support import qemu
+from support.running import eventually
+
+from .world import Different, State, Unavailable, World, remove, same, trust_base
+
+
+def copies(world: World, rng: random.Random) -> None:
+    """To a new file, then over it."""
+    out = world.directory / "copy"
+    for state in rng.sample(world.states, min(2, len(world.states))):
+        world.command("copy", world.path, state.name, out, *world.keys)
+        same(f"copy {state.name}", out.read_bytes(), state.content)
+    out.unlink()
+
+
+def _pair(world: World, rng: random.Random) -> tuple[State, State]:
+    if len(world.states) < 2:
+        raise Unavailable("no snapshots")
+    old, new = rng.sample(world.states, 2)
+    return old, new
+
+
+def updates(world: World, rng: random.Random) -> None:
+    """A copy of one state to the next, as a new file and in place."""
+    out = world.directory / "copy"
+    for how in ([], ["--in-place"]):
+        old, new = _pair(world, rng)
+        trusted: list[str] = []
+        if rng.random() < 0.5:
+            world.command("copy", world.path, old.name, out, *world.keys)
+            if old.snapshot is None:
+                trusted = trust_base()
+        else:
+            out.write_bytes(old.content)
+            trusted = trust_base()
+        line = ["--since", old.name, *how, *trusted, new.name]
+        world.command("copy", world.path, *line, out, *world.keys)
+        same(f"copy {' '.join(line)}", out.read_bytes(), new.content)
+        out.unlink()
+
+
+def updates_by_nbd(world: World, rng: random.Random) -> None:
+    """Into a qemu-nbd that has a qcow2 image with a snapshot of its own."""
+    old, new = _pair(world, rng)
+    target, raw = world.directory / "target.qcow2", world.directory / "target.raw"
+    size = max(old.size, new.size)
+    raw.write_bytes(old.content.ljust(size, b"\xaa"))
+    options = rng.choice(("extended_l2=on", "extended_l2=on,cluster_size=16k", "cluster_size=4k"))
+    qemu.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", options, raw, target)
+    qemu.take(target, "kept")
+    line = ["--since", old.name, *trust_base(), new.name]
+    with _exported(target, "qcow2") as uri:
+        world.command("copy", world.path, *line, uri, *world.keys)
+    what = f"copy {' '.join(line)} into a qemu-nbd with {options}"
+    same(what, qemu.content(target)[: new.size], new.content)
+    same(f"{what}: its own snapshot", qemu.content(target, "kept"), raw.read_bytes())
+    qemu.run("qemu-img", "check", "-q", target)
+    remove(target)
+    remove(raw)
+
+
+@contextmanager
+def _exported(path: Path, fmt: str) -> Iterator[str]:
+    """qemu-nbd, which ends with its last connection."""
+    socket = path.with_name("nbd.sock")
+    line = ["qemu-nbd", "-f", fmt, "-e", "8", "--discard=unmap", "-k", str(socket), str(path)]
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL)
+    try:
+        eventually(lambda: socket.exists() or process.poll() is not None)
+        yield f"nbd+unix:///?socket={socket}"
+        if process.wait(60):
+            raise Different(f"qemu-nbd ended with {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+# --- split and join ---
+
+
+def splits(world: World, rng: random.Random) -> None:
+    """Each overlay is a state; joined again, each of those is a snapshot."""
+    directory = world.directory / "chain"
+    _, said = world.command("split", world.path, directory, *world.keys)
+    overlays = [Path(line) for line in said.splitlines()]
+    if len(overlays) != len(world.states) or set(overlays) != set(directory.iterdir()):
+        raise Different(f"split: {len(world.states)} states, but {overlays}")
+    # A backing file of the image becomes the base's, and is never encrypted then.
+    for state, overlay in zip(world.states, overlays, strict=True):
+        same(f"split: {overlay.name}", qemu.content(overlay), state.content)
+        qemu.run("qemu-img", "check", "-q", overlay)
+    out = world.directory / "joined"
+    world.command("join", overlays[-1], out, "--allow-dir", world.directory)
+    found = list(qemu.snapshots(out).values())[-len(overlays) :]
+    contents = dict(zip([s.name for s in found], world.states, strict=True))
+    _compare_joined(world, out, {name: s.content for name, s in contents.items()}, "split, join")
+    remove(directory)
+    remove(out)
+
+
+def joins(world: World, rng: random.Random) -> None:
+    """The chain as it is: each layer becomes a snapshot."""
+    out = world.directory / "joined"
+    layers = {}
+    for number, (path, fmt) in enumerate(world.chain):
+        if fmt == "raw":
+            layers[path.stem] = path.read_bytes()
+        else:
+            layers[path.stem] = world.content(path, world.secrets[number:])
+    world.command("join", world.path, out, *world.keys)
+    _compare_joined(world, out, layers, "join")
+    remove(out)
+
+
+def _compare_joined(world: World, out: Path, layers: dict[str, bytes], what: str) -> None:
+    said = qemu.run("qemu-img", "check", out)
+    if "No errors" not in said:
+        raise Different(f"{what}: {said}")
+    if not layers.keys() <= qemu.snapshots(out).keys():
+        raise Different(f"{what}: has {list(qemu.snapshots(out))}, not {list(layers)}")
+    copy = world.directory / "snapshot"
+    for name, snapshot in qemu.snapshots(out).items():
+        if name in layers:
+            copy.write_bytes(out.read_bytes())
+            qemu.activate(copy, snapshot, snapshot.disk_size)
+            same(f"{what}: snapshot {name!r}", qemu.content(copy), layers[name])
+    same(f"{what}: active disk", qemu.content(out), world.states[-1].content)
+    copy.unlink()

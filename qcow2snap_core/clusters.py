@@ -135,18 +135,18 @@ class Clusters:
         """The host offset of a run's bytes, once it is sure that the file reaches that far; of a
         compressed cluster, that its stream begins in the file.
 
-        Raises ImageError where it does not.
+        Raises ImageError where it does not.  A remote file's size may be that of a moment ago, so
+        what seems to be missing is asked for.
         """
         if not compressed:
             end = self._data.size()
-            if host + length > end:
-                raise self._past_end(host, end)
+            if host + length > end and not self._data.read(1, host + length - 1):
+                raise self._past_end(host, self._data.size())
             return host
         offset, length = self.stream(host)
         self._check_start(offset)
-        end = self._file.size()
-        if offset >= end:
-            raise _stream_past_end(offset, end)
+        if offset >= self._file.size() and not self._file.read(1, offset):
+            raise _stream_past_end(offset, self._file.size())
         return offset
 
     # --- Inside ---

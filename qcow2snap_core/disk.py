@@ -92,6 +92,8 @@ class RawLayer:
         if offset + length > self._storage.size():
             raise self._shrunk()  # or what is missing would pass for a hole
         for start, n, hole in self._storage.holes(offset, length):
+            if hole and offset + length > self._storage.size():
+                raise self._shrunk()
             yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
             if work is not None:
                 work.left -= 1
@@ -145,13 +147,16 @@ class Disk:
         return bytes(data)
 
     def pread_into(self, buffer: Buffer, offset: int) -> None:
-        """Fill a writable buffer of bytes from ``offset``.
+        """Fill a writable, contiguous buffer from ``offset``, all of its bytes.
 
         Raises ValueError outside the disk; ImageError or StorageError when the content cannot be
         had, SnapshotGone when the snapshot was deleted.  The buffer then holds nothing of use.
         """
         if self.reader is not None and self.reader.read(buffer, offset):
             return
+        view = memoryview(buffer)
+        if view.nbytes != len(buffer):  # larger items, or several dimensions
+            buffer = view.cast("B")
         if offset < 0 or offset + len(buffer) > self.size:
             raise ValueError(f"{len(buffer)} bytes at {offset} are outside the disk of {self.size}")
         try:
@@ -202,8 +207,9 @@ class Disk:
         return self._below
 
     def own(self) -> Iterator[Extent]:
-        """What this layer says itself, in order; what it leaves to the one below is left out."""
-        for kind, _, guest, n in self._runs(0, self.size) if self.size else ():
+        """What this layer says itself, in order; what it leaves to the one below is left out.
+        Raises as :meth:`pread_into`."""
+        for kind, _, guest, n in checked(self._runs(0, self.size), self) if self.size else ():
             if kind != UNALLOCATED:
                 yield Extent(guest - self._base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 

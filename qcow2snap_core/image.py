@@ -231,11 +231,10 @@ class Image:
             return
         if offset % self.header.cluster_size or not offset:
             raise ImageError(f"{what}: its L1 table's offset {offset:#x} is not one of a cluster")
-        end = self.storage.size()
-        if offset + length > end:
+        if not self.storage.read(1, offset + length - 1):
             raise ImageError(
                 f"{what}: its L1 table, {length} bytes at host offset {offset:#x}, "
-                f"lies past the end of the file ({end} bytes)"
+                f"lies past the end of the file ({self.storage.size()} bytes)"
             )
 
     def _open_clusters(self, layer: int) -> Clusters:

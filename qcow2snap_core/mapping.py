@@ -286,7 +286,7 @@ class Mapping:
         """Past what the slice holds: all of it when there is no L2 table, and more when there is
         none for what follows either, or a disk of exabytes would take hours to walk."""
         if table is _BEYOND:
-            if not self._open_ended:
+            if length and not self._open_ended:
                 raise ImageError(
                     f"its L1 table of {self._l1_size} entries covers only {self.l1_covers} bytes"
                 )

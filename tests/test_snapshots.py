@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 
@@ -14,8 +15,10 @@ from qcow2snap_core.errors import UsageError
 from qcow2snap_core.snapshots import (
     Choice,
     Table,
+    _Reader,
     choose,
     date,
+    read_fields,
     read_table,
     read_table_once,
     summary,
@@ -314,3 +317,22 @@ def test_a_summary_is_short_whatever_there_is(several):
     one = table(several).snapshots[:1]
     assert summary(()) == "it has none"
     assert summary(one * 3, most=2) == "it has 1 'a', 1 'a' and 1 more"
+
+
+def test_a_proof_is_of_all_that_was_read(image):
+    """Also when the table was still being written out when it was first looked at."""
+    path, real = image
+    entries = [entry(real, b"%d" % n, b"name") for n in (1, 2)]
+    offset = write_table(path, entries)
+    whole = path.read_bytes()
+    with opened(path) as storage:
+        os.truncate(path, offset + len(entries[0].pack()))
+        reader = _Reader(storage, offset, 0)
+        assert reader.entry().id == "1"
+        path.write_bytes(whole)
+        second = reader.entry()
+        assert second.id == "2"
+        proof = reader.proof(read_fields(storage))
+        assert proof.holds(storage)
+        patch(path, second.entry_offset + second.entry_length - 1, b"!")
+        assert not proof.holds(storage)

@@ -18,6 +18,8 @@ from support.remote import remote, remote_tcp
 from support.running import eventually
 from support.server import command, refused, serve
 
+import qcow2snap_core
+
 SHAPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "compressed": {"compressed": True},
@@ -121,6 +123,28 @@ def test_other_snapshots_come_and_go_while_the_file_grows(image: Path) -> None:
                 assert client.pread(MiB, 0) == expected[:MiB]
         assert ours.copy("new2") == qemu.content(image, "new2")
         assert not ours.log
+
+
+def test_a_new_snapshot_behind_the_end_of_a_moment_ago(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size is asked for now and then; that is no reason to call what is new damaged."""
+    monkeypatch.setattr("qcow2snap_core.remote._SIZE_HOLDS_FOR", 1e6)
+    with remote("file", image) as server, qcow2snap_core.open(server.uri) as opened:
+        known = [s.name for s in opened.snapshots]
+        for n in range(3):
+            qemu.io(image, f"write -P {n + 1} 0 4M")
+            assert opened.storage.size() < image.stat().st_size
+            qemu.take(image, f"new{n}")
+            known.append(f"new{n}")
+            assert opened.table().damage is None
+            assert [s.name for s in opened.snapshots] == known
+            qemu.io(image, f"write -P {n + 7} 0 4M")
+            qemu.take(image, f"other{n}")  # its table is where the old one was, its data is not
+            known.append(f"other{n}")
+            disk = opened.snapshot(f"other{n}")
+            assert list(disk.extents(0, MiB)) == [(0, MiB, 0)]
+            assert disk.pread(MiB, 0) == bytes([n + 7]) * MiB
 
 
 def test_a_running_qemu_may_take_delete_and_write(image: Path) -> None:

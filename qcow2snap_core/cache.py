@@ -29,8 +29,8 @@ class BoundedCache(Generic[K, V]):
         self.limit = limit
         self._overhead = overhead
         self.used = 0
-        self._items: dict[K, V] = {}
-        self.items = self._items
+        #: what it holds, for the native engine to look into; changed here alone
+        self.items: dict[K, V] = {}
         self._sizes: dict[K, int] = {}
         # Oldest first.  The dictionary has them in that order as well, but looks for its first item
         # behind all the places of those that were dropped.
@@ -38,7 +38,7 @@ class BoundedCache(Generic[K, V]):
         self._lock = Lock()
         self._loading: dict[K, Lock] = {}
         #: ``get(key)``: the value or None.
-        self.get = self._items.get
+        self.get = self.items.get
 
     def load(self, key: K, make: Callable[[], V], size: int) -> V:
         """The value of ``key``, made on first use: once, however many threads wait for it.
@@ -47,7 +47,7 @@ class BoundedCache(Generic[K, V]):
         """
         try:
             with self._loading.setdefault(key, Lock()):
-                value = self._items.get(key)
+                value = self.items.get(key)
                 if value is None:
                     value = make()
                     self._put(key, value, size + self._overhead)
@@ -61,15 +61,15 @@ class BoundedCache(Generic[K, V]):
         with self._lock:
             # Two can make one value after all, when one waited for a third that was dropped at
             # once: it then holds a lock that newcomers do not find.
-            if key in self._items:
+            if key in self.items:
                 self.used -= self._sizes.pop(key)
-                del self._items[key]
+                del self.items[key]
                 self._order.remove(key)
             while self.used + size > self.limit:
                 oldest = self._order.popleft()
-                del self._items[oldest]
+                del self.items[oldest]
                 self.used -= self._sizes.pop(oldest)
-            self._items[key] = value
+            self.items[key] = value
             self._sizes[key] = size
             self._order.append(key)
             self.used += size

@@ -4,8 +4,8 @@ All decisions stay in Python.  The engine is given what Python has worked out, d
 geometry of the tables, the dictionary in which the slices of the tables are kept and what the
 file holds while the snapshot is there, and does the common case of a request in one call, which
 lets go of the interpreter's lock once.  Whatever else it meets, a slice that is not loaded, a
-compressed cluster, damage, a change of the snapshot table, it hands back, and Python does the
-whole request as if there were no engine.
+compressed cluster that is not decoded yet, damage, a change of the snapshot table, it hands back,
+and Python does the whole request as if there were no engine.
 
 ``QCOW2SNAP_NATIVE=0`` in the environment does without it; the tests run both.
 """
@@ -44,15 +44,15 @@ ENGINE, MISSING = _load()
 def make_reader(guard: Guard, top: Layer) -> Any:
     """A reader of the layers from ``top`` down, which the guard keeps informed of the snapshot.
     None without an engine, or when one of the files is nothing for it."""
-    if ENGINE is None:
+    fd = guard.plain_fd
+    if ENGINE is None or fd is None:  # each layer of a chain is a disk too, and has no guard
         return None
     layers = []
     layer: Layer | None = top
     while layer is not None:
         layers.append(layer.description())
         layer = layer.below
-    fd = guard.plain_fd
-    if fd is None or None in layers:
+    if None in layers:
         return None
     try:
         reader = ENGINE.Reader(fd, tuple(layers))

@@ -16,7 +16,7 @@ help:
 	@echo "make demo FILE=disk.qcow2 SNAPSHOT=nightly"
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
-	@echo "make check           the test suite alone; one test: make check TESTS=tests/test_disk.py"
+	@echo "make check           the test suite alone; one test: make check TESTS=tests/image/test_disk.py"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
@@ -60,7 +60,7 @@ test: lint check
 
 TESTS ?= tests
 # What a read gives must not depend on the engine: these run once more without the native one.
-READING := tests/test_disk.py tests/test_guard.py tests/test_raw.py tests/test_clusters.py \
+READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_raw.py tests/image/test_clusters.py \
 	tests/e2e/test_matrix.py tests/e2e/test_disks.py tests/e2e/test_read_errors.py \
 	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
 	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py

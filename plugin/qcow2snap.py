@@ -17,15 +17,16 @@ _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
     sys.path.insert(0, _checkout)
 
-from qcow2snap_core import Image, UsageError, __version__, codecs, encryption  # noqa: E402
-from qcow2snap_core.disk import Disk  # noqa: E402
+from qcow2snap_core import Image, UsageError, __version__  # noqa: E402
+from qcow2snap_core._native.loaded import ENGINE, MISSING  # noqa: E402
+from qcow2snap_core.decode import codecs, encryption  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
-from qcow2snap_core.exports import Export, default, exports_of, find  # noqa: E402
-from qcow2snap_core.malloc import share_heaps  # noqa: E402
-from qcow2snap_core.native import ENGINE, MISSING  # noqa: E402
-from qcow2snap_core.settings import Settings  # noqa: E402
-from qcow2snap_core.snapshots import Snapshot, choose  # noqa: E402
-from qcow2snap_core.threadstate import KeptThreadState  # noqa: E402
+from qcow2snap_core.format.snapshots import Snapshot, choose  # noqa: E402
+from qcow2snap_core.image.disk import Disk  # noqa: E402
+from qcow2snap_core.serve.exports import Export, default, exports_of, find  # noqa: E402
+from qcow2snap_core.serve.malloc import share_heaps  # noqa: E402
+from qcow2snap_core.serve.settings import Settings  # noqa: E402
+from qcow2snap_core.serve.threadstate import KeptThreadState  # noqa: E402
 
 API_VERSION = 2
 
@@ -61,7 +62,7 @@ def _reported(callback):
 def _report():
     # Imported here: what it needs takes a quarter of the whole start.
     try:
-        from qcow2snap_core.reports import in_one_line
+        from qcow2snap_core.serve.reports import in_one_line
     except MemoryError:  # of which there may not be enough even for that
         raise MemoryError("out of memory") from None
 

@@ -19,14 +19,14 @@ from collections.abc import Iterable
 
 # As python3 -m qcow2snap_core, which imports this first: Ctrl-C is not to end in a traceback.
 if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
-    from .interrupts import default
+    from .util.interrupts import default
 
     default()
 
-from .disk import Disk, Extent
 from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
-from .image import Image, Options, open_image
-from .snapshots import Snapshot
+from .format.snapshots import Snapshot
+from .image.disk import Disk, Extent
+from .image.image import Image, Options, open_image
 
 __version__ = "0.9.0"
 

@@ -29,23 +29,27 @@ if len(sys.argv) > 1 and __name__ == "__main__":
 
     with atheris.instrument_imports(include=["qcow2snap_core"]):
         # All of them, by what they import in turn.
-        import qcow2snap_core.bitmaps
-        import qcow2snap_core.image
-        import qcow2snap_core.luks
-        import qcow2snap_core.subclusters  # noqa: F401
+        import qcow2snap_core.decode.luks
+        import qcow2snap_core.format.bitmaps
+        import qcow2snap_core.image.image
+        import qcow2snap_core.image.subclusters  # noqa: F401
 
 from support import catalogue, damage, qemu
 
-from qcow2snap_core import bitmaps, codecs, libnbd, luks, mapping, records, snapshots
-from qcow2snap_core import ondisk as q
-from qcow2snap_core.cache import BoundedCache
+from qcow2snap_core.decode import codecs, luks
 from qcow2snap_core.errors import Error, ImageError
-from qcow2snap_core.header import read_header
-from qcow2snap_core.storage import Pieces
+from qcow2snap_core.format import bitmaps, snapshots
+from qcow2snap_core.format import ondisk as q
+from qcow2snap_core.format.header import read_header
+from qcow2snap_core.image import mapping
+from qcow2snap_core.storage import libnbd
+from qcow2snap_core.storage.local import Pieces
+from qcow2snap_core.transfer import records
+from qcow2snap_core.util.cache import BoundedCache
 
 
 class Bytes:
-    """A file that is the fuzzer's bytes; a :class:`qcow2snap_core.storage.Storage`."""
+    """A file that is the fuzzer's bytes; a :class:`qcow2snap_core.storage.local.Storage`."""
 
     path = "fuzzed"
     directory = "/"

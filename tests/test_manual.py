@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.server import ROOT
 
-from qcow2snap_core import __version__, cli, settings
+from qcow2snap_core import __version__, cli
+from qcow2snap_core.serve import settings
 
 PLUGIN_PAGE = (ROOT / "docs" / "nbdkit-qcow2snap-plugin.pod").read_text()
 COMMAND_PAGE = (ROOT / "docs" / "qcow2snap.pod").read_text()

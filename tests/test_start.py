@@ -60,21 +60,29 @@ def imported(*line: object) -> set[str]:
 def test_serving_a_plain_image_imports_no_more_than_it_uses(image: Path, choice: dict) -> None:
     copy = "nbdcopy nbd+unix:///nightly?socket=$unixsocket null:"
     found = imported(*command("-U", "-", "--run", copy, file=image, **choice))
-    assert "qcow2snap_core.guard" in found
+    assert "qcow2snap_core.image.guard" in found
     assert not found & HEAVY
 
 
 @pytest.mark.parametrize(
     ("arguments", "there", "not_there"),
     [
-        (["--version"], "qcow2snap_core.cli", {"qcow2snap_core.check", "construct", "subprocess"}),
+        (
+            ["--version"],
+            "qcow2snap_core.cli",
+            {"qcow2snap_core.tables.check", "construct", "subprocess"},
+        ),
         (
             ["list", "disk.qcow2"],
-            "qcow2snap_core.space",
-            {"qcow2snap_core.check", "construct", "ssl"},
+            "qcow2snap_core.tables.space",
+            {"qcow2snap_core.tables.check", "construct", "ssl"},
         ),
-        (["map", "disk.qcow2", "nightly"], "qcow2snap_core.disk", {"construct", "subprocess"}),
-        (["--help"], "qcow2snap_core.check", {"cryptography"}),
+        (
+            ["map", "disk.qcow2", "nightly"],
+            "qcow2snap_core.image.disk",
+            {"construct", "subprocess"},
+        ),
+        (["--help"], "qcow2snap_core.tables.check", {"cryptography"}),
     ],
 )
 def test_a_command_imports_no_other_command(
@@ -91,7 +99,7 @@ def test_a_command_imports_no_other_command(
 def test_the_library_leaves_construct_as_it_is() -> None:
     """It was imported without its debugger once, for every program that uses the library."""
     program = (
-        "import qcow2snap_core, qcow2snap_core.check, qcow2snap_core.luks, sys\n"
+        "import qcow2snap_core, qcow2snap_core.tables.check, qcow2snap_core.decode.luks, sys\n"
         "from construct import Debugger, Probe\n"
         "assert sys.modules['construct.debug'].__file__, 'a stub'\n"
     )

@@ -1,1 +1,1 @@
-"""The common case of a request in C; optional, and used through :mod:`qcow2snap_core.native`."""
+"""The common case of a request in C; optional, loaded by :mod:`qcow2snap_core._native.loaded`."""

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .._native.loaded import ENGINE
 from ..errors import Error, reason
-from ..interrupts import Interrupted, ending
-from ..native import ENGINE
+from ..util.interrupts import Interrupted, ending
 from .parser import Parser
 from .streams import OutputLost, failed, give_up_output, say, take
 

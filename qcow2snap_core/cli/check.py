@@ -7,10 +7,10 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from ..check import check
 from ..errors import escaped, shown
-from ..findings import MOST, Finding
-from ..snapshots import Choice, choose
+from ..format.snapshots import Choice, choose
+from ..tables.check import check
+from ..tables.findings import MOST, Finding
 from .common import add_image_options, open_from, print_json
 from .streams import say
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
-from ..disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..errors import SnapshotGone, UsageError
-from ..image import BACKING_FORMATS, Image, Options, open_image
-from ..locks import Quiet
-from ..passphrase import read_passphrase
-from ..snapshots import Snapshot, Table
+from ..format.snapshots import Snapshot, Table
+from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
+from ..image.image import BACKING_FORMATS, Image, Options, open_image
+from ..storage.locks import Quiet
+from ..util.passphrase import read_passphrase
 
 ACTIVE: Final = "@active"
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 
-from ..backup import TARGETS, copy
-from ..bases import Base
-from ..destination import destination
-from ..interrupts import deferred
-from ..libnbd import without_secrets
+from ..storage.libnbd import without_secrets
+from ..transfer.backup import TARGETS, copy
+from ..transfer.bases import Base
+from ..transfer.destination import destination
+from ..util.interrupts import deferred
 from .common import add_image_options, add_no_verify, disk_named, open_from
 
 HELP = "copy a snapshot, or what changed since an older one"

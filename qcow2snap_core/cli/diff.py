@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..diff import changes
+from ..tables.diff import changes
 from .common import add_image_options, disk_named, map_line, open_from, print_json
 
 HELP = "what changed from one snapshot to another"

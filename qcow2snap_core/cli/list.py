@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from ..entries import oddities
 from ..errors import ImageError, escaped, shown
-from ..exports import exports_of
-from ..image import Image
-from ..sharing import picture
-from ..snapshots import Snapshot, Table, date
-from ..space import exclusive_sizes
-from ..units import binary
+from ..format.entries import oddities
+from ..format.snapshots import Snapshot, Table, date
+from ..image.image import Image
+from ..serve.exports import exports_of
+from ..tables.sharing import picture
+from ..tables.space import exclusive_sizes
+from ..util.units import binary
 from .common import ACTIVE, add_image_options, of_all, open_from, print_json, print_table
 from .streams import say
 from .strips import text

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from ..disk import Disk, Extent, Piece, checked
-from ..image import Image
-from ..mapping import COMPRESSED
-from ..sharing import picture
-from ..snapshots import Choice, choose
+from ..format.snapshots import Choice, choose
+from ..image.disk import Disk, Extent, Piece, checked
+from ..image.image import Image
+from ..image.mapping import COMPRESSED
+from ..tables.sharing import picture
 from .common import (
     ACTIVE,
     WORDS,

@@ -13,9 +13,9 @@ import argparse
 from contextlib import suppress
 
 from ..errors import escaped
-from ..interrupts import deferred
-from ..mount import mount, mount_filesystem
-from ..snapshots import Choice, choose
+from ..format.snapshots import Choice, choose
+from ..host.mount import mount, mount_filesystem
+from ..util.interrupts import deferred
 from .common import add_image_options, open_from
 from .streams import OutputLost
 

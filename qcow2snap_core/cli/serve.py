@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..nbdkit import check_options, execute, nbdkit_to_run
+from ..host.nbdkit import check_options, execute, nbdkit_to_run
 
 HELP = "serve snapshots over NBD, with nbdkit"
 EXAMPLE = "qcow2snap serve disk.qcow2 nightly -f -U /tmp/nightly.sock"

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..chains import SPLIT_TARGETS, split
-from ..destination import destination
 from ..errors import escaped
-from ..interrupts import deferred
+from ..transfer.chains import SPLIT_TARGETS, split
+from ..transfer.destination import destination
+from ..util.interrupts import deferred
 from .common import add_image_options, add_no_verify, open_from
 from .running import warn
 

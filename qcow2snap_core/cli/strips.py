@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from ..errors import escaped
-from ..sharing import Holds, Picture, Strip
-from ..units import binary
+from ..tables.sharing import Holds, Picture, Strip
+from ..util.units import binary
 from .common import ACTIVE
 
 

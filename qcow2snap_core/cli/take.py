@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..interrupts import deferred
-from ..take import take
+from ..host.take import take
+from ..util.interrupts import deferred
 
 HELP = "ask a running QEMU for a snapshot"
 EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"

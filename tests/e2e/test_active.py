@@ -15,7 +15,7 @@ from support.qemu import KiB, MiB
 
 import qcow2snap_core
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.locks import Quiet
+from qcow2snap_core.storage.locks import Quiet
 
 
 @pytest.fixture

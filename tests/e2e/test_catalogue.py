@@ -18,9 +18,9 @@ from support import catalogue, qemu
 from support.catalogue import CASES, CLOSED, LISTED, NONE, REFUSED, SERVED, Case
 from support.server import block_status, refused, serve
 
-from qcow2snap_core.disk import Disk
 from qcow2snap_core.errors import Error, ImageError
-from qcow2snap_core.image import open_image
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.image import open_image
 
 
 @dataclass

@@ -101,7 +101,7 @@ def test_clients_that_hang_up_without_a_word(disk: Path, expected: bytes) -> Non
 FOREIGN = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[1])
-from qcow2snap_core.threadstate import KeptThreadState
+from qcow2snap_core.serve.threadstate import KeptThreadState
 
 libc, python = ctypes.CDLL(None), ctypes.PyDLL(None)
 python.PyInterpreterState_Get.restype = ctypes.c_void_p

@@ -25,12 +25,12 @@ from support.tables import Entry
 
 from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
-from qcow2snap_core.guard import SnapshotGuard
-from qcow2snap_core.image import Image, open_image
-from qcow2snap_core.sharing import picture
-from qcow2snap_core.snapshots import Snapshot, read_fields, read_table
-from qcow2snap_core.space import exclusive_sizes
-from qcow2snap_core.storage import File, Pieces, Storage
+from qcow2snap_core.format.snapshots import Snapshot, read_fields, read_table
+from qcow2snap_core.image.guard import SnapshotGuard
+from qcow2snap_core.image.image import Image, open_image
+from qcow2snap_core.storage.local import File, Pieces, Storage
+from qcow2snap_core.tables.sharing import picture
+from qcow2snap_core.tables.space import exclusive_sizes
 
 HEADER_FIELDS = (12, 60)
 BLOCKS = 64  # that the guest has written

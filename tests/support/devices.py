@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2snap_core.storage import Permit, Storage, open_storage
+from qcow2snap_core.storage.local import Permit, Storage, open_storage
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from qcow2snap_core.disk import Disk
 from qcow2snap_core.errors import Error, ImageError, StorageError
-from qcow2snap_core.image import open_image
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.image import open_image
 from support import catalogue, damage, qemu
 
 KINDS = ("plain", "v2", "zstd", "extl2", "overlay")

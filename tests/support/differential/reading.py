@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
-from qcow2snap_core.disk import Disk
+from qcow2snap_core.image.disk import Disk
 from support import qemu
 
 from .world import Different, State, Unavailable, World, same

@@ -1,0 +1,1 @@
+"""From bytes in the file to the guest's bytes: decompression and decryption."""

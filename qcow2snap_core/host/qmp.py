@@ -1,0 +1,181 @@
+"""A small client of QEMU's two JSON protocols: QMP, and the guest agent's.
+
+The library qemu.qmp would do the first, but Debian does not package it, it is built on asyncio,
+and it does not speak to the guest agent; what is needed here is a request and its answer.
+Both protocols are lines of JSON; QMP also greets, negotiates and sends events in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from types import TracebackType
+from typing import Any, Final
+
+from ..errors import Error, reason, shown
+from ..util.interrupts import check
+
+_LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
+_PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
+
+
+class QmpError(Error):
+    """QEMU, or the guest agent, refused a command or did not answer."""
+
+
+class _JsonSocket:
+    """Lines of JSON over a Unix socket.  A context manager."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._ahead = b""  # of what has been received, behind the last line
+        self._interruptible = True
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.connect(path)
+        except OSError as e:
+            self._socket.close()
+            raise QmpError(f"cannot connect to {shown(path)}: {reason(e)}") from e
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as e:
+            raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            line = self._line()
+        except TimeoutError as e:
+            raise QmpError(
+                f"{shown(self._path)} does not answer: is another program using it? "
+                f"a socket serves one at a time"
+            ) from e
+        except OSError as e:
+            raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
+        if not line.strip():
+            raise QmpError(f"{shown(self._path)} was closed by the other side")
+        try:
+            # The agent marks an answer that follows a reset with a byte that is no JSON.
+            message = json.loads(line.lstrip(b"\xff"))
+        except ValueError as e:
+            raise QmpError(
+                f"{shown(self._path)} does not speak JSON: is it the right socket?"
+            ) from e
+        if not isinstance(message, dict):
+            raise QmpError(f"{shown(self._path)} does not speak QMP: is it the right socket?")
+        return message
+
+    def _line(self) -> bytes:
+        """The next one; empty when the other side has closed.  Raises OSError, Interrupted."""
+        received = [self._ahead]
+        length = len(self._ahead)
+        deadline = time.monotonic() + self._timeout
+        while b"\n" not in received[-1] and length < _LONGEST_LINE:
+            if self._interruptible:
+                check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if not select.select((self._socket,), (), (), min(left, _PATIENCE))[0]:
+                continue
+            received.append(self._socket.recv(1 << 16))
+            if not received[-1]:
+                return b""
+            length += len(received[-1])
+        line, _, self._ahead = b"".join(received).partition(b"\n")
+        return line
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What the command returns.  Raises QmpError with the reason that the other side gave."""
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self._send(request)
+        while True:
+            answer = self._receive()
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise QmpError(f"{command}: {answer['error'].get('desc', answer['error'])}")
+
+
+class Qmp(_JsonSocket):
+    """A connection to a running QEMU."""
+
+    def __init__(self, path: str, timeout: float = 60) -> None:
+        """Connect and negotiate.  Raises QmpError."""
+        super().__init__(path, timeout)
+        try:
+            if "QMP" not in self._receive():
+                raise QmpError(f"{shown(path)} does not speak QMP: is it the right socket?")
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Qmp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def working_directory(self) -> str:
+        """Where QEMU's relative file names start from."""
+        size = struct.calcsize("3i")
+        peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid, _, _ = struct.unpack("3i", peer)
+        try:
+            return os.readlink(f"/proc/{pid}/cwd")
+        except OSError:
+            return os.getcwd()
+
+
+class FrozenGuest(_JsonSocket):
+    """The guest's filesystems, frozen through its agent for the length of a ``with`` block."""
+
+    def __init__(self, path: str, timeout: float = 60) -> None:
+        """Connect; nothing is frozen yet.  Raises QmpError when no agent answers."""
+        super().__init__(path, timeout)
+        # Whatever an earlier client left unread comes before the answer to this number.
+        number = secrets.randbelow(1 << 31)
+        try:
+            self._send({"execute": "guest-sync", "arguments": {"id": number}})
+            while self._receive().get("return") != number:
+                pass
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> FrozenGuest:
+        try:
+            self.execute("guest-fsfreeze-freeze")
+        except BaseException:
+            # It may have frozen some of them, or all and been interrupted before it said so.
+            self._thaw()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._thaw()
+
+    def _thaw(self) -> None:
+        self._interruptible = False  # whatever came before this
+        try:
+            self.execute("guest-fsfreeze-thaw")
+        finally:
+            self.close()

@@ -1,0 +1,52 @@
+"""What nbdkit's log says about an exception: one line, where the exception is ours.
+
+nbdkit imports the module traceback when a callback has raised, and prints what its function
+format_exception returns; there is no other way in.
+"""
+
+from __future__ import annotations
+
+import traceback
+from types import TracebackType
+from typing import Any, Final
+
+from ..errors import Error
+
+_format_exception: Final = traceback.format_exception
+
+
+def in_one_line() -> None:
+    """Have :class:`.Error`, written for users, printed as one line from now on, in this process.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    traceback.format_exception = _one_line  # type: ignore[assignment]
+
+
+def _one_line(
+    kind: type[BaseException] | BaseException | None,
+    value: BaseException | None = None,
+    trace: TracebackType | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> list[str]:
+    error = kind if value is None else value
+    assert isinstance(error, BaseException)
+    if isinstance(error, Error):
+        lines = [str(error)]
+    elif isinstance(error, MemoryError):
+        lines = ["out of memory"]
+    else:
+        lines = _format_exception(kind, value, trace, *args, **kwargs)  # type: ignore[arg-type]
+    _forget(error, trace)
+    return lines
+
+
+def _forget(error: BaseException, trace: TracebackType | None) -> None:
+    """nbdkit 1.32 never frees an exception, nor what its frames hold: whole snapshot tables, for a
+    client that asks for exports which there are not."""
+    error.args = ()
+    error.__context__ = error.__cause__ = error.__traceback__ = None
+    if trace is not None:
+        traceback.clear_frames(trace)
+        trace.tb_next = None

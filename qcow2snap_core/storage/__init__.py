@@ -1,0 +1,1 @@
+"""Where bytes come from: files, block devices, NBD servers; and which of them may be opened."""

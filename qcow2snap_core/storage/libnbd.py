@@ -1,0 +1,59 @@
+"""NBD URIs, and libnbd's Python module, which is loaded when it is first needed."""
+
+from __future__ import annotations
+
+from ..errors import UsageError, escaped
+from ..typed import Any, Final
+from .local import from_here
+
+_BYTES: Final[Any] = {"errors": "surrogateescape"}  # names of files need not be UTF-8
+
+
+def libnbd() -> Any:
+    """The module nbd.  Raises UsageError that names the package when it is missing."""
+    try:
+        import nbd
+    except ImportError:
+        raise UsageError("libnbd's Python module is missing: install python3-libnbd") from None
+    return nbd
+
+
+def said(error: Any, uri: str = "") -> str:
+    """What one of its errors says, without the name of the C function, nor what is secret in the
+    URI: one that it cannot parse it repeats."""
+    text = str(error.string).partition(": ")[2] or str(error.string)
+    return escaped(text.replace(uri, without_secrets(uri)) if uri else text)
+
+
+def is_uri(path: str) -> bool:
+    """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
+    scheme, found, _ = path.partition("://")
+    name, plus, transport = scheme.partition("+")
+    if not found or name not in ("nbd", "nbds"):
+        return False
+    return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without user, password and names of key files, or a path, on one line."""
+    if not is_uri(uri):
+        return escaped(uri)
+    head, _, query = uri.partition("?")
+    scheme, _, rest = head.partition("://")
+    host, slash, export = rest.partition("/")
+    socket = [f"?{field}" for field in query.split("&") if field.startswith("socket=")]
+    return escaped(f"{scheme}://{host.rpartition('@')[2]}{slash}{export}{''.join(socket)}")
+
+
+def absolute(uri: str) -> str:
+    """The URI with absolute names of files, since nbdkit changes directory."""
+    from urllib.parse import quote, unquote
+
+    head, mark, query = uri.partition("?")
+    fields = []
+    for field in query.split("&"):
+        key, equals, value = field.partition("=")
+        if key in ("socket", "tls-certificates", "tls-psk-file") and value:
+            value = quote(from_here(unquote(value, **_BYTES)), **_BYTES)
+        fields.append(f"{key}{equals}{value}")
+    return f"{head}{mark}{'&'.join(fields)}"

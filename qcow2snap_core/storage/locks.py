@@ -1,0 +1,74 @@
+"""Whether another program writes to an image, as QEMU's locks say.
+
+QEMU locks a byte of the file for each permission that it has (block/file-posix.c,
+raw_handle_perm_lock); the one for writing says that the active disk may change at any moment, and
+with it what had been read of it a moment before.  The kernel can be asked who would be in the way
+of a lock without taking one, so a QEMU that starts meanwhile never finds us in its way.
+
+No lock is no proof: other programs, other hosts and some filesystems have none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from ..errors import UsageError, shown
+from .local import Storage, check_open, inode
+
+_FIRST_PERMISSION: Final = 100  # RAW_LOCK_PERM_BASE
+_WRITE: Final = 1  # the bit of BLK_PERM_WRITE
+_FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+
+
+def check_quiet(files: Iterable[Storage]) -> None:
+    """Raises UsageError while another program has one of the files open for writing."""
+    for file in files:
+        check_open(file)
+        if _is_written(file):
+            raise UsageError(
+                f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "
+                f"machine down, or take a snapshot and read that"
+            )
+
+
+class Quiet:
+    """A guard for an active disk: what is read of it counts only while nobody writes."""
+
+    identity = None
+
+    def __init__(self, files: Iterable[Storage]) -> None:
+        """Raises as :meth:`check`."""
+        self._files = tuple(files)
+        self.check()
+
+    plain_fd = None
+
+    def tell(self, expect: object) -> None:
+        """Never called: a lock cannot be compared."""
+
+    def check(self) -> None:
+        check_quiet(self._files)
+
+
+def _is_written(file: Storage) -> bool:
+    """False also where it cannot be told."""
+    with suppress(OSError):
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return inode(os.fstat(fd)) == file.inode and _is_locked(fd, _FIRST_PERMISSION + _WRITE)
+        finally:
+            os.close(fd)
+    return False
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    """Whether somebody else has any lock there; this takes none."""
+    wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted)
+    kind: int = struct.unpack(_FLOCK, answer)[0]
+    return kind != fcntl.F_UNLCK

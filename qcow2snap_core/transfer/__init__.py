@@ -1,0 +1,1 @@
+"""Everything that writes: copies, chains, and what must be true of their targets."""

@@ -1,0 +1,197 @@
+"""Where output may go: the one judge of targets, asked before any work and any passphrase.
+
+A command says which kinds of target it takes, and gets the one that the name means, or a line that
+says what is wrong with it.  So nothing is copied for an hour that then cannot be put where it
+belongs, and nothing is destroyed that was not meant: an output is renamed over what has its name,
+which would as well replace ``/dev/null`` by a file, or the directory that the user is in.
+
+Names mean what they mean to coreutils.  ``dir/`` is a directory, and no name for a new file.  A
+symlink is followed, unless it leads nowhere: whoever made it expected something there.  ``a/..`` is
+for the kernel to resolve, since ``a`` may be a symlink, and must be there.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import UsageError, reason, shown
+from ..storage.libnbd import absolute, is_uri, without_secrets
+from ..storage.local import Storage, inode, kind_name
+from ..storage.samefile import check_apart, mount_of
+
+_BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
+
+
+class Kind(enum.Flag):
+    """Kinds of target."""
+
+    FILE = enum.auto()  # a regular file, new or to be replaced or updated
+    DIRECTORY = enum.auto()  # a directory, new or empty
+    DEVICE = enum.auto()  # a block device that nothing else uses
+    EXPORT = enum.auto()  # the URI of an NBD export
+
+
+_WORDS: Final = {
+    Kind.FILE: "a file",
+    Kind.DIRECTORY: "a directory that is absent or empty",
+    Kind.DEVICE: "a block device",
+    Kind.EXPORT: "an NBD URI",
+}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A target that will do."""
+
+    name: str  # as the user gave it
+    kind: Kind
+    path: str  # without symlinks; the URI of an export
+    new: bool = False  # there is nothing yet
+
+    def check_apart(self, files: Iterable[Storage]) -> None:
+        """Raises UsageError when one of the files that are being read is the target, or lies on
+        the same storage, or that cannot be told."""
+        if self.kind is Kind.EXPORT:
+            _check_other_uri(files, self.name)
+        else:
+            at = os.path.dirname(self.path) if self.new else self.path
+            check_apart(at, files, self.name, new=self.new)
+
+
+def destination(name: str, accepts: Kind, *, in_place: bool = False) -> Destination:
+    """What the name means as a target.
+
+    ``in_place``: a file that is there is written into; otherwise another takes its name.
+    Raises UsageError, also when what is there is not of a kind that is accepted.
+    """
+    if is_uri(name) and Kind.EXPORT in accepts:
+        return Destination(name, Kind.EXPORT, name)
+    wanted = _wanted(accepts)
+    if is_uri(name):
+        raise UsageError(f"{shown(without_secrets(name))} is remote: give {wanted}")
+    if not name:
+        raise UsageError(f"the target's name is empty: give {wanted}")
+    try:
+        status = os.stat(name)
+    except FileNotFoundError:
+        return _new(name, accepts)
+    except ValueError as e:  # a NUL
+        raise UsageError(f"{shown(name)} is no path: give {wanted}") from e
+    except OSError as e:
+        raise UsageError(f"{shown(name)}: {reason(e)}: give {wanted}") from e
+    kind = _kind(status.st_mode)
+    if kind is None or kind not in accepts:
+        raise UsageError(f"{shown(name)} is a {kind_name(status.st_mode)}: give {wanted}")
+    path = os.path.realpath(name)
+    if not os.path.exists(path) or inode(os.stat(path)) != inode(status):
+        raise UsageError(f"{shown(name)} is open, but has no name any more: give {wanted}")
+    if kind is Kind.DIRECTORY:
+        _check_directory(name, path, status)
+    elif not os.access(path, os.W_OK, effective_ids=True):
+        raise UsageError(f"{shown(name)} may not be written: {_why_not(path)}")
+    elif kind is Kind.DEVICE:
+        _check_device(name, path)
+    if kind is not Kind.DEVICE and not in_place:
+        _check_replaceable(name, path, status)
+    return Destination(name, kind, path)
+
+
+def _new(name: str, accepts: Kind) -> Destination:
+    """For a name that leads nowhere yet."""
+    kind = next((k for k in (Kind.FILE, Kind.DIRECTORY) if k in accepts), None)
+    plain = name.rstrip("/")
+    if os.path.islink(plain):
+        raise UsageError(f"{shown(name)} is a symlink that leads nowhere: remove it first")
+    if kind is None:
+        raise UsageError(f"there is no {shown(name)}: give {_wanted(accepts)}")
+    if plain != name and kind is Kind.FILE:
+        raise UsageError(f"there is no directory {shown(name)}, and no file can be called that")
+    directory, last = os.path.split(plain)
+    directory = directory or "."
+    try:
+        parent = os.path.realpath(directory, strict=True)
+        os.stat(os.path.join(parent, ""))
+    except FileNotFoundError:
+        raise UsageError(f"there is no directory {shown(directory)}: make it first") from None
+    except OSError as e:
+        raise UsageError(f"{shown(directory)}: {reason(e)}") from e
+    _check_parent(parent)
+    return Destination(name, kind, os.path.join(parent, last), new=True)
+
+
+def _check_directory(name: str, path: str, status: os.stat_result) -> None:
+    try:
+        if os.listdir(path):
+            raise UsageError(f"{shown(name)} is not empty: give a directory that is, or none")
+    except OSError as e:
+        raise UsageError(f"cannot look into {shown(name)}: {reason(e)}") from e
+    if inode(status) == inode(os.stat(".")):
+        # It will be another directory of this name, and whoever is in this one is in none.
+        raise UsageError(
+            f"{shown(name)} is the current directory: give a name in it, or go elsewhere"
+        )
+
+
+def _check_device(name: str, path: str) -> None:
+    try:
+        # O_EXCL on a device: the kernel refuses it while it is mounted, or part of another.  Not
+        # for writing: closing that would have udev look at it anew.
+        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+        try:
+            answer = bytearray(4)
+            fcntl.ioctl(fd, _BLKROGET, answer)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise UsageError(f"cannot open {shown(name)}: {reason(e)}") from e
+    if any(answer):
+        raise UsageError(f"{shown(name)} is read-only")
+
+
+def _check_replaceable(name: str, path: str, status: os.stat_result) -> None:
+    """Whether something else may be renamed over it."""
+    parent = os.path.dirname(path)
+    _check_parent(parent)
+    if mount_of(path) != mount_of(parent):
+        raise UsageError(f"{shown(name)} is a mount point, which cannot be replaced")
+    above = os.stat(parent)
+    mine = 0, status.st_uid, above.st_uid
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in mine:
+        raise UsageError(
+            f"{shown(name)} is another user's, which cannot be replaced in the sticky directory "
+            f"{shown(parent)}"
+        )
+
+
+def _check_parent(parent: str) -> None:
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise UsageError(f"cannot write into the directory {shown(parent)}: {_why_not(parent)}")
+
+
+def _why_not(path: str) -> str:
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return "read-only file system"
+    return "permission denied"
+
+
+def _check_other_uri(files: Iterable[Storage], uri: str) -> None:
+    """The same export may have many URIs; this is for the slip of giving one twice."""
+    for file in files:
+        if file.absolute == absolute(uri):
+            raise UsageError(f"{shown(file.path)} is being copied, it cannot be the target")
+
+
+def _kind(mode: int) -> Kind | None:
+    kinds = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFBLK: Kind.DEVICE}
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def _wanted(accepts: Kind) -> str:
+    words = [word for kind, word in _WORDS.items() if kind in accepts]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

@@ -1,0 +1,86 @@
+"""QEMU's own tools, which write the qcow2 files that this package makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Final
+
+from ..errors import StorageError, UsageError, escaped
+from ..util.interrupts import check
+from .engine import THREADS
+from .targets import NbdTarget
+
+_IMAGE: Final = "QCOW2SNAP_IMAGE"
+_DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"
+
+
+def qemu_img(*arguments: str, directory: str | None = None) -> None:
+    """Run qemu-img, in that directory: QEMU takes the relative name of an external data file from
+    where it runs, and not from where the image is.
+
+    Raises StorageError with what it says, UsageError when it is missing.
+    """
+    check()
+    try:
+        done = subprocess.run(
+            ["qemu-img", *arguments],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            cwd=directory,
+        )
+    except FileNotFoundError:
+        raise _missing("qemu-img") from None
+    if done.returncode:
+        raise StorageError(_first_line(done.stderr) or f"qemu-img {arguments[0]} failed")
+
+
+@contextmanager
+def writable(path: str, directory: str = "/") -> Iterator[NbdTarget]:
+    """The qcow2 file of an absolute path as something to write to, through a qemu-nbd that runs in
+    that directory, as :func:`qemu_img` does, and ends with the block.
+
+    It ends with its last connection, so it does not outlive a process that was killed either.
+    """
+    with tempfile.TemporaryFile() as said:
+        try:
+            target = NbdTarget(path, lambda handle: _start(handle, path, directory, said), THREADS)
+        except UsageError as e:
+            raise UsageError(_first_line(_content(said)) or str(e)) from e
+        try:
+            yield target
+        finally:
+            target.close()
+
+
+def _start(handle: Any, path: str, directory: str, said: IO[bytes]) -> None:
+    # libnbd starts it with our own standard error; the shell gives it another.  Should we be
+    # killed before anything is connected, the kernel ends it, or the shell never starts it;
+    # not with SIGTERM, which qemu-nbd forgets while it starts.
+    # The path goes through the environment, since libnbd takes arguments in UTF-8 only.
+    us = os.getpid()
+    shell = f'[ $PPID = {us} ] && cd "${_DIRECTORY}" && exec qemu-nbd "$@" "${_IMAGE}"'
+    shell += f" 2>/proc/{us}/fd/{said.fileno()}"
+    starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
+    options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
+    os.environ[_IMAGE] = path
+    os.environ[_DIRECTORY] = directory
+    handle.connect_systemd_socket_activation([*starter, *options])
+
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _missing(tool: str) -> UsageError:
+    return UsageError(f"{tool} is missing: install qemu-utils")
+
+
+def _first_line(said: bytes) -> str:
+    lines = said.decode("utf-8", "surrogateescape").strip().splitlines()
+    return escaped(lines[0]) if lines else ""

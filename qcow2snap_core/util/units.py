@@ -1,0 +1,32 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from ..typed import Final
+
+_SUFFIXES: Final = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60, "s": 9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from what nbdkit's own plugins accept: ``512``, ``64k``, ``1G``, ``2048s`` (sectors).
+
+    nbdkit's parser prints an error line of its own, which does not name the key; hence this one.
+    Raises UsageError.
+    """
+    import re
+
+    found = re.fullmatch(r"\+?(\d+)([a-z]?)", text.lower(), re.ASCII)
+    if found is None or found[2] not in _SUFFIXES:
+        raise UsageError(f"{text!r} is no size: give bytes, or a number with a unit, like 64M")
+    size = int(found[1]) << _SUFFIXES[found[2]]
+    if size >= 1 << 63:
+        raise UsageError(f"{text!r} is too large a size")
+    return size
+
+
+def binary(size: int) -> str:
+    """A size for people, as ``qemu-img`` writes it: ``0 B``, ``1.5 GiB``."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    step = max((size * 1024 // 1000).bit_length() - 1, 0) // 10  # 1000 B is 0.977 KiB
+    return f"{size / (1 << 10 * step):.3g} {units[step]}"

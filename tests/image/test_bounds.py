@@ -1,0 +1,298 @@
+"""No image costs more memory or time than the limits in ondisk.py allow.
+
+Memory is counted with tracemalloc and work in look-ups or reads, so that nothing here depends on
+how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import qemu
+from support.devices import opened
+from support.qemu import MiB
+from support.tables import Entry, write_table
+
+from qcow2snap_core.decode.codecs import Zlib, Zstd
+from qcow2snap_core.decode.encryption import Encryption
+from qcow2snap_core.errors import ImageError
+from qcow2snap_core.format import ondisk as q
+from qcow2snap_core.format.snapshots import Snapshot, read_table
+from qcow2snap_core.image.clusters import EncryptedClusters
+from qcow2snap_core.image.guard import SnapshotGuard
+from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.serve.exports import exports_of
+from qcow2snap_core.tables.check import check
+from qcow2snap_core.tables.diff import changes
+from qcow2snap_core.tables.sharing import picture
+from qcow2snap_core.tables.space import exclusive_sizes
+from qcow2snap_core.util.cache import BoundedCache
+
+ALLOWED = 64 * MiB
+
+
+@contextmanager
+def bounded(limit: int = ALLOWED) -> Iterator[None]:
+    """Python's objects must not take more at any moment."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    qemu.take(path, "real")
+    return path
+
+
+def fill_table(path: Path, count: int, name: Callable[[int], bytes], extra: bytes = b"") -> None:
+    real = next(iter(qemu.snapshots(path).values()))
+    place = real.l1_table_offset, real.l1_size
+    write_table(path, [Entry(b"%d" % n, name(n), *place, extra=extra) for n in range(count)])
+
+
+# --- The snapshot table ---
+
+EXTRA = struct.pack(">QQQ", 0, MiB, 2**64 - 1)
+TABLES = {
+    "most-entries": (65536, lambda n: b"nightly-%d" % n, EXTRA, 65536),
+    "largest-extra": (10000, lambda n: b"%d" % n, EXTRA + bytes(1000), 10000),
+    # One character of four bytes makes Python keep four bytes for each of the others.
+    "longest-names": (1000, lambda n: "😀".encode() + b"x" * 65000 + b"%d" % n, EXTRA, 64),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_large_snapshot_table(disk: Path, kind: str) -> None:
+    count, name, extra, kept = TABLES[kind]
+    fill_table(disk, count, name, extra)
+    with opened(disk) as storage, bounded():
+        table = read_table(storage)
+        assert len(table.snapshots) == kept
+        if kept < count:
+            assert table.damage is not None
+            assert "too long" in table.damage
+        assert exports_of(table.snapshots)
+
+
+def test_a_guard_of_a_late_entry_keeps_little_of_the_table(disk: Path) -> None:
+    fill_table(disk, 20000, lambda n: b"x" * 100 + b"%d" % n, EXTRA)
+    with opened(disk) as storage:
+        last = read_table(storage).snapshots[-1]
+        guard = SnapshotGuard(storage, last)
+        with bounded(MiB):
+            guard.check()
+            guard.check()
+        qemu.patch(disk, last.entry_offset - 8, b"!")  # of the entry before
+        with opened(disk) as other:
+            assert read_table(other).snapshots[-1] == last
+        assert not proves(guard, storage)
+
+
+def proves(guard: SnapshotGuard, storage: object) -> bool:
+    proof = guard._proof
+    assert proof is not None
+    return proof.holds(storage)  # type: ignore[arg-type]
+
+
+def test_a_damaged_table_is_not_believed_in_for_long(disk: Path) -> None:
+    """Each try costs all the entries before the damage, and each client tries."""
+    fill_table(disk, 30000, lambda n: b"%d" % n, EXTRA)
+    last = last_entry(disk)
+    qemu.patch(disk, last.entry_offset + 36, b"\xff" * 4)
+    with opened(disk) as storage:
+        reads = count_reads(storage)
+        table = read_table(storage)
+        assert len(table.snapshots) == 29999
+        first = len(reads)
+        read_table(storage, (table.fields, table.damage))
+        assert len(reads) - first <= first // 2
+    assert q.MAX_TABLE_SECONDS < 1
+
+
+def last_entry(path: Path) -> Snapshot:
+    with opened(path) as storage:
+        return read_table(storage).snapshots[-1]
+
+
+def count_reads(storage: object) -> list[int]:
+    """The offsets of all reads from now on."""
+    offsets: list[int] = []
+    read = storage.read  # type: ignore[attr-defined]
+
+    def counted(length: int, offset: int) -> bytes:
+        offsets.append(offset)
+        return read(length, offset)
+
+    storage.read = counted  # type: ignore[attr-defined]
+    return offsets
+
+
+ASKED_OF_ALL: dict[str, Callable[[Image], object]] = {
+    "list": lambda image: exclusive_sizes(image, image.snapshots),
+    "list --tree": lambda image: picture(image, image.snapshots, 70),
+    "check": check,
+}
+
+
+@pytest.mark.parametrize("kind", ASKED_OF_ALL)
+def test_the_table_is_not_read_again_for_each_of_its_snapshots(disk: Path, kind: str) -> None:
+    looks = []
+    for count in (10, 1000):
+        fill_table(disk, count, lambda n: b"nightly-%d" % n, EXTRA)
+        with open_image(str(disk)) as image:
+            offsets = count_reads(image.storage)
+            ASKED_OF_ALL[kind](image)
+        looks.append(offsets.count(q.SNAPSHOT_FIELDS_OFFSET))
+    assert looks[0] == looks[1]
+
+
+# --- The work of one request ---
+
+
+def chain(directory: Path, layers: int, clusters: int) -> Path:
+    """Overlays in which every other cluster is unallocated: as many runs as there can be."""
+    path = None
+    for n in range(layers):
+        backing = None if path is None else (path.name, "qcow2")
+        path = directory / f"{n}.qcow2"
+        qemu.create(path, clusters * 512, cluster_size=512, backing=backing)
+    assert path is not None
+    qemu.io(path, *(f"write -P {n % 255 + 1} {n * 512} 512" for n in range(0, clusters, 2)))
+    qemu.take(path, "s")
+    return path
+
+
+def test_a_read_of_too_many_pieces_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = chain(tmp_path, layers=5, clusters=200)
+    monkeypatch.setattr(q, "MAX_LOOKUPS", 500)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        with pytest.raises(ImageError, match="takes more than 500 look-ups: ask for less"):
+            disk.pread(disk.size, 0)
+        half = disk.pread(disk.size // 4, 0) + disk.pread(disk.size // 4, disk.size // 4)
+    assert half == qemu.content(path, "s")[: len(half)]
+
+
+def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch) -> None:
+    path = chain(tmp_path, layers=5, clusters=200)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+        monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 100)
+        part, at = [], 0
+        while at < disk.size:
+            some = list(disk.extents(at, disk.size - at))
+            assert len(some) < 50
+            part += some
+            at = part[-1].offset + part[-1].length
+    assert part == whole
+
+
+def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:
+    """They merge into one extent, so that counting extents would not see them."""
+    path = qemu.create(tmp_path / "z.qcow2", 200 * 512, cluster_size=512)
+    qemu.io(path, *(f"write -P 1 {n * 512} 512" for n in range(0, 200, 2)))
+    qemu.io(path, f"write -z 0 {200 * 512}")
+    qemu.take(path, "s")
+    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 50)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        (extent,) = disk.extents(0, disk.size)
+        assert extent.length < disk.size
+
+
+def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
+    """Of a snapshot that goes by the active disk's size: past its L1 table there is nothing."""
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    s = qemu.snapshots(path)["s"]
+    write_table(path, [Entry(b"1", b"s", s.l1_table_offset, s.l1_size)])
+    qemu.patch(path, 24, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert disk.size == 2**63 - 512
+        assert len(list(disk.pieces(0, disk.size))) == 1
+        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
+        assert list(changes(disk, disk)) == []
+
+
+def test_a_size_of_exabytes_that_no_table_covers_is_an_error_at_once(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    entry = qemu.snapshots(path)["s"].entry_offset
+    qemu.patch(path, entry + 48, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert list(disk.extents(0, 1 << 46)) == [(0, 1 << 46, 3)]
+        for find in (disk.extents(0, disk.size), disk.own(), changes(disk, disk)):
+            with pytest.raises(ImageError, match="guest offset 0x400000000000: its L1 table of "):
+                list(find)
+
+
+# --- Caches and decoders ---
+
+
+def test_small_clusters_weigh_what_they_take(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "small.qcow2", 4 * MiB, cluster_size=512)
+    qemu.io(path, f"write -P 1 0 {4 * MiB}")
+    qemu.take(path, "s")
+    options = Options(l2_cache_size=MiB // 4, cluster_cache_size=MiB // 4)
+    with open_image(str(path), options) as image:
+        disk = image.snapshot("s")
+        disk.pread(512, 0)
+        with bounded(MiB // 2):
+            for at in range(0, disk.size, 32 * 1024):
+                disk.pread(512, at)
+
+
+def test_a_chain_shares_its_decoders(tmp_path: Path) -> None:
+    for n, backing in enumerate([None, ("0", "qcow2"), ("1", "qcow2")]):
+        qemu.create(tmp_path / str(n), MiB, backing=backing, compression_type="zstd")
+    with open_image(str(tmp_path / "2")) as image:
+        assert image._clusters._codec is image._below._clusters._codec  # type: ignore[union-attr]
+
+
+def test_wide_zstd_windows_are_for_one_at_a_time() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    data = bytes(range(256)) * 256
+    parameters = zstandard.ZstdCompressionParameters(window_log=23, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = compressor.compress(data) + compressor.flush()
+    codec = Zstd()
+    with codec._one_large:
+        waiting = threading.Thread(target=codec.decode, args=(frame, len(data)))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        assert codec.decode(zstandard.ZstdCompressor().compress(data), len(data)) == data
+    waiting.join()
+    assert codec.decode(frame, len(data)) == data
+
+
+# --- Memory of a request ---
+
+
+def test_deciphering_a_large_read_takes_small_buffers(tmp_path: Path) -> None:
+    ciphers = pytest.importorskip("qcow2snap_core.decode.ciphers")
+    path = tmp_path / "data"
+    path.write_bytes(bytes(16 * MiB))
+    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
+    buffer = bytearray(16 * MiB)
+    with opened(path) as storage:
+        parts = storage, storage, 16, Zlib(), BoundedCache(MiB)
+        with bounded(12 * MiB):
+            EncryptedClusters(Encryption(cipher, True), *parts).read(buffer, 0, 0)
+    expected = bytearray(MiB)
+    cipher.decrypt(memoryview(expected), 15 * MiB // 512)
+    assert buffer[15 * MiB :] == expected

@@ -1,0 +1,220 @@
+"""What one request may cost in CPU and memory: counted, not timed.
+
+Each image makes one thing dear that the number of its pieces does not show.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support import damage, qemu
+from support.devices import opened
+from support.qemu import KiB, MiB
+from support.streams import slow
+
+from qcow2snap_core.decode.codecs import Codec, Libdeflate, Zlib
+from qcow2snap_core.decode.encryption import Encryption
+from qcow2snap_core.errors import Error, ImageError
+from qcow2snap_core.format import ondisk as q
+from qcow2snap_core.image.clusters import Clusters, EncryptedClusters
+from qcow2snap_core.image.disk import Disk, Extent
+from qcow2snap_core.image.image import open_image
+from qcow2snap_core.util.cache import BoundedCache
+
+TOO_MUCH = "look-ups: ask for less at a time"
+
+
+def count_extents(disk: Disk) -> int:
+    """How far one answer goes."""
+    return sum(extent.length for extent in disk.extents(0, disk.size))
+
+
+# --- Streams that are slow to decode ---
+
+
+@pytest.mark.parametrize("decoder", [Zlib, Libdeflate])
+def test_the_slow_stream_is_a_good_one(decoder: type[Codec]) -> None:
+    content = bytes(range(256)) * 16
+    assert decoder().decode(slow(content, 8000), len(content)) == content
+
+
+def packed(directory: Path, clusters: int, stream: bytes) -> Path:
+    """Clusters of 4 KiB that are all the same compressed one."""
+    path = qemu.create(directory / "packed.qcow2", clusters * 4 * KiB, cluster_size=4 * KiB)
+    qemu.io(path, f"write 0 {clusters * 4}k")
+    qemu.take(path, "s")
+    at = -(-path.stat().st_size // 512) * 512
+    qemu.patch(path, at, stream.ljust(16 * 512, b"\0"))
+    entry = 1 << 62 | 15 << 58 | at
+    table = damage.l2_table(path, "s", 0)
+    qemu.patch(path, table, struct.pack(">Q", entry) * clusters)
+    return path
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_slow_streams_end_a_read(tmp_path: Path, monkeypatch, is_slow: bool) -> None:
+    monkeypatch.setattr(q, "MAX_LOOKUPS", 4000)
+    content = bytes(4 * KiB)
+    path = packed(tmp_path, 100, slow(content, 8000 if is_slow else 30))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert disk.pread(4 * KiB, 0) == content
+        if is_slow:
+            with pytest.raises(ImageError, match=TOO_MUCH):
+                disk.pread(disk.size, 0)
+        else:
+            assert disk.pread(disk.size, 0) == bytes(disk.size)
+
+
+def test_slow_streams_end_a_prefetch(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("qcow2snap_core.image.disk._MOST_PREFETCHED_LOOKUPS", 1000)
+    path = packed(tmp_path, 100, slow(bytes(4 * KiB), 8000))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        disk.prefetch(0, disk.size)
+        assert 0 < image._shared.clusters.used < 90 * 4 * KiB
+
+
+# --- Tables ---
+
+
+def test_fetching_tables_counts_for_more_than_looking_into_them(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Tables of zero clusters are one extent and one piece, and each has to be read."""
+    path = qemu.create(tmp_path / "z.qcow2", 256 * 32 * KiB, cluster_size=512)
+    qemu.io(path, f"write -z 0 {256 * 32}k")
+    qemu.take(path, "s")
+    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 256)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        first = count_extents(disk)
+        assert first <= 256 // 5 * 32 * KiB
+        assert first < count_extents(disk)  # what was fetched need not be fetched again
+
+
+def chain(directory: Path, layers: int, writes: int) -> Path:
+    """Empty overlays on a layer in which every other cluster is allocated."""
+    base = qemu.create(directory / "0.qcow2", 256 * 512, cluster_size=512)
+    qemu.io(base, *(f"write -P 1 {n * 1024} 512" for n in range(writes)))
+    for n in range(1, layers):
+        backing = (f"{n - 1}.qcow2", "qcow2")
+        qemu.create(directory / f"{n}.qcow2", 256 * 512, cluster_size=512, backing=backing)
+    path = directory / f"{layers - 1}.qcow2"
+    qemu.take(path, "s")
+    return path
+
+
+def test_a_piece_from_far_below_counts_in_every_layer(tmp_path: Path, monkeypatch) -> None:
+    path = chain(tmp_path, 20, 128)
+    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 1000)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        found: list[Extent] = []
+        at = 0
+        while at < disk.size:
+            some = list(disk.extents(at, disk.size - at))
+            assert len(some) <= 1000 // 20
+            found += some
+            at = some[-1].offset + some[-1].length
+    # Neighbours that two answers share are one extent.
+    assert [e.type for e in found if e.length == 512 and e.type == 0] == [0] * 128
+    assert sum(e.length for e in found) == disk.size
+
+
+# --- What an error costs ---
+
+
+def test_an_error_from_far_below_names_two_layers(tmp_path: Path) -> None:
+    path = chain(tmp_path, 20, 1)
+    base = tmp_path / "0.qcow2"
+    l1 = qemu.field64(base, 40)
+    table = qemu.field64(base, l1) & damage.OFFSET
+    damage.put64(base, table, damage.END_OF_FILE)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        with pytest.raises(Error, match="lies past the end") as caught:
+            disk.pread(512, 0)
+        said = str(caught.value)
+        assert said.count("guest offset 0x0: ") == 2
+        assert "19.qcow2" in said
+        assert "/0.qcow2" in said
+        with pytest.raises(Error, match="/0.qcow2.*lies past the end"):
+            list(disk.extents(0, 512))
+
+
+# --- Memory ---
+
+
+class Counting(Zlib):
+    """Knows how many use it at once; each waits until one too many has come, or nobody comes."""
+
+    def __init__(self, too_many: int) -> None:
+        self.most = self._now = 0
+        self._too_many = too_many
+        self._changed = threading.Condition()
+
+    def decode_into(self, stream: bytes, target: memoryview) -> None:
+        with self._changed:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most >= self._too_many, timeout=0.1)
+        super().decode_into(stream, target)
+        with self._changed:
+            self._now -= 1
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(2 * MiB, 3), (64 * KiB, 6)])
+@pytest.mark.parametrize("length", [1, None])
+def test_few_large_clusters_are_decoded_at_once(
+    tmp_path: Path, size: int, at_once: int, length: int | None
+) -> None:
+    path = tmp_path / "file"
+    packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+    path.write_bytes(bytes(size) + packer.compress(b"x" * size) + packer.flush() + bytes(4 * KiB))
+    codec = Counting(6)
+    sectors = (path.stat().st_size - size) // 512 - 1
+    bits = size.bit_length() - 1
+    entry = 1 << 62 | sectors << 62 - (bits - 8) | size
+    with opened(path) as storage:
+        clusters = Clusters(storage, storage, bits, codec, BoundedCache(0))
+
+        def read(number: int) -> None:
+            buffer = memoryview(bytearray(length or size))
+            clusters.read_compressed(buffer, entry, number, 0, 0)
+            assert bytes(buffer) == b"x" * len(buffer)
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(read, range(6)))
+    assert codec.most == at_once
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511])
+def test_an_odd_read_of_an_encrypted_disk_takes_no_second_buffer(
+    tmp_path: Path, offset: int
+) -> None:
+    ciphers = pytest.importorskip("qcow2snap_core.decode.ciphers")
+    path = tmp_path / "data"
+    path.write_bytes(bytes(8 * MiB))
+    whole = bytearray(8 * MiB)
+    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
+    for at in range(0, len(whole), MiB):
+        cipher.decrypt(memoryview(whole)[at : at + MiB], at // 512)
+    buffer = bytearray(8 * MiB - offset - 3)
+    with opened(path) as storage:
+        parts = storage, storage, 16, Zlib(), BoundedCache(0)
+        clusters = EncryptedClusters(Encryption(cipher, True), *parts)
+        tracemalloc.start()
+        try:
+            clusters.read(buffer, offset, offset)
+            assert tracemalloc.get_traced_memory()[1] < 7 * MiB
+        finally:
+            tracemalloc.stop()
+    assert buffer == whole[offset : offset + len(buffer)]

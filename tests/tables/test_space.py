@@ -1,0 +1,112 @@
+"""The space that a snapshot takes alone is what qemu-img snapshot -d frees."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import damage, qemu
+from support.qemu import KiB, MiB, RandomImage
+from support.refcounts import allocated
+
+import qcow2snap_core
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.tables.space import exclusive_sizes
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "v2": {"options": {"compat": "0.10"}},
+    "512": {"options": {"cluster_size": 512}, "size": MiB + 512, "operations": 6},
+    "compressed": {"compressed": True},
+    "compressed-4k": {"compressed": True, "options": {"cluster_size": 4096}},
+    "extended": {"options": {"extended_l2": "on"}},
+    "extended-compressed": {"compressed": True, "options": {"extended_l2": "on"}},
+    "wide": {"options": {"refcount_bits": 64, "cluster_size": 2048}},
+}
+
+
+def sizes(image: Image) -> dict[str, int | None]:
+    snapshots = image.snapshots
+    return dict(zip([s.name for s in snapshots], exclusive_sizes(image, snapshots), strict=True))
+
+
+def assert_freed(path: Path) -> None:
+    """Every snapshot is deleted in a copy of its own, then all in turn in another."""
+    with qcow2snap_core.open(str(path)) as image:
+        said = sizes(image)
+    copy = path.with_name("copy.qcow2")
+    for name, size in said.items():
+        shutil.copyfile(path, copy)
+        before = allocated(copy)
+        qemu.delete(copy, name)
+        assert before - allocated(copy) == size, name
+    shutil.copyfile(path, copy)
+    for name in said:
+        with qcow2snap_core.open(str(copy)) as image:
+            size = sizes(image)[name]
+        before = allocated(copy)
+        qemu.delete(copy, name)
+        assert before - allocated(copy) == size, name
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_what_qemu_frees(tmp_path: Path, shape: str, seed: int) -> None:
+    keys = dict(SHAPES[shape])
+    operations = keys.pop("operations", 12)
+    image = RandomImage(tmp_path / "disk.qcow2", seed, **keys)
+    image.make(["one", "two", "three"], operations)
+    assert_freed(image.path)
+
+
+def test_clusters_that_only_two_snapshots_share_are_nobodys_own(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    qemu.io(path, "write -P 1 0 128k")
+    qemu.take(path, "one")
+    qemu.io(path, "write -P 2 0 64k")
+    qemu.take(path, "two")
+    qemu.io(path, "write -P 3 0 128k")
+    with qcow2snap_core.open(str(path)) as image:
+        # An L1 and an L2 table each; of the data, the first cluster.
+        assert sizes(image) == {"one": 3 * 64 * KiB, "two": 3 * 64 * KiB}
+    assert_freed(path)
+
+
+def test_zeroed_clusters_that_keep_their_allocation_are_still_shared(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    qemu.io(path, "write -P 1 0 512k")
+    qemu.take(path, "one")
+    qemu.io(path, "write -z 0 256k")
+    assert_freed(path)
+
+
+def test_snapshots_of_several_sizes(tmp_path: Path) -> None:
+    """The L1 tables are of different lengths."""
+    path = qemu.create(tmp_path / "disk.qcow2", 100 * KiB, cluster_size=512)
+    for n, size in enumerate(["300k", "40k", "2M"]):
+        qemu.io(path, f"write -P {n + 1} 0 30k")
+        qemu.take(path, str(n))
+        qemu.run("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path, size)
+        qemu.io(path, f"write -P {n + 5} 20k 20k")
+    assert_freed(path)
+
+
+def test_the_snapshot_table_counts_where_it_shrinks(tmp_path: Path) -> None:
+    """With the last snapshot goes the table; of seven, an entry may be what filled a cluster."""
+    path = qemu.create(tmp_path / "disk.qcow2", 64 * KiB, cluster_size=512)
+    for n in range(7):
+        qemu.take(path, "n" * (20 * n + 1))
+    assert_freed(path)
+
+
+@pytest.mark.parametrize("snapshot", ["one", "two"])
+def test_damage_leaves_open_what_depends_on_it(tmp_path: Path, snapshot: str) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("one", "two", "three"):
+        qemu.io(path, "write -P 1 0 128k")
+        qemu.take(path, name)
+    damage.put64(path, damage.l1_entry(path, snapshot, 0), damage.END_OF_FILE)
+    with qcow2snap_core.open(str(path)) as image:
+        assert sizes(image)[snapshot] is None

@@ -1,0 +1,55 @@
+"""The progress bar: on a terminal and nowhere else, and no trouble without tqdm."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from support.server import ROOT
+
+WORK = """
+from qcow2snap_core.util.progress import progress
+with progress("copying", 2 << 20) as advance:
+    advance(1 << 20)
+    advance(1 << 20)
+"""
+WITHOUT_TQDM = "import sys; sys.modules['tqdm'] = None\n"
+SEEN = "import sys\n" + WORK + "assert 'tqdm' not in sys.modules"
+
+
+def on_a_terminal(code: str) -> str:
+    """What the code writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
+        os.write(theirs, b"end")
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += os.read(ours, 4096)
+        return shown.removesuffix(b"end").decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_bar_with_binary_units_is_drawn_on_a_terminal() -> None:
+    shown = on_a_terminal(WORK)
+    assert "copying:" in shown
+    assert "2.00M" in shown
+
+
+def test_the_bar_is_gone_at_the_end() -> None:
+    assert on_a_terminal(WORK).split("\r")[-2].strip() == ""
+
+
+def test_nothing_is_drawn_without_tqdm() -> None:
+    assert on_a_terminal(WITHOUT_TQDM + WORK) == ""
+
+
+@pytest.mark.parametrize("code", [WORK, SEEN], ids=["silent", "tqdm is not even imported"])
+def test_nothing_is_drawn_on_a_pipe(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stderr == b""

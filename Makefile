@@ -9,6 +9,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-test
+.PHONY: simulation soak coverage
 .PHONY: mutants differential fuzz native install uninstall deb rpm clean
 
 help:
@@ -19,6 +20,8 @@ help:
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/image/test_disk.py"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
+	@echo "make simulation      the guard against QEMU's writes in any order, 20,000 histories (two minutes;"
+	@echo "                     SEEDS= FROM= for others)"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
 	@echo "                     and build/bench.svg; ROWS='plain luks/copy' chooses rows, ROUNDS=3 how often,"
 	@echo "                     ENGINES=native,python measures the plugin with both, side by side"
@@ -87,6 +90,10 @@ test-live: deps-test
 
 compare-live: deps-test
 	@$(PYTHON) tests/live/compare_qemu_nbd.py
+
+simulation: SEEDS = 20000
+simulation: deps-test
+	$(PYTHON) tests/simulation --seeds $(SEEDS) --from $(FROM)
 
 COUNT ?= 20000
 mutants: deps-test

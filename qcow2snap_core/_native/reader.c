@@ -10,15 +10,15 @@
 
 enum { MOST_CONTENT = 17 << 10, MOST_LAYERS = 256 };
 
-/* What the file says while the snapshot is there (snapshots.Proof): the header's bytes, then the
- * table's, to be read in this order after the data was. */
+/* What the file says while the snapshot is there (snapshots.Proof): the header's bytes, the table's
+ * and the header's again, to be read in this order after the data was. */
 typedef struct {
     int count;
     struct part {
         const char *content;
         Py_ssize_t length;
         unsigned long long offset;
-    } parts[2];
+    } parts[3];
     PyObject *owner; /* of the contents; NULL: there is nothing to compare with, ask Python */
 } proof;
 
@@ -116,18 +116,19 @@ static PyObject *make_callback(PyObject *module, PyObject *slow) {
     return PyCFunction_New(&pread_method, slow);
 }
 
-/* Two pieces ((content, offset), …), none, or None: then Python is asked. */
+/* Three pieces ((content, offset), …), none, or None: then Python is asked. */
 static PyObject *reader_expect(reader *self, PyObject *pieces) {
     proof next = { .count = 0 };
     if (PyTuple_Check(pieces)) {
         next.owner = pieces;
         next.count = (int)PyTuple_Size(pieces);
-        struct part *first = &next.parts[0], *second = &next.parts[1];
+        struct part *p = next.parts;
         if (next.count
-            && !PyArg_ParseTuple(pieces, "(y#K)(y#K)", &first->content, &first->length,
-                &first->offset, &second->content, &second->length, &second->offset))
+            && !PyArg_ParseTuple(pieces, "(y#K)(y#K)(y#K)", &p[0].content, &p[0].length,
+                &p[0].offset, &p[1].content, &p[1].length, &p[1].offset, &p[2].content,
+                &p[2].length, &p[2].offset))
             return NULL;
-        if (first->length > MOST_CONTENT || second->length > MOST_CONTENT)
+        if (p[0].length > MOST_CONTENT || p[1].length > MOST_CONTENT || p[2].length > MOST_CONTENT)
             next.owner = NULL;
     }
     Py_XINCREF(next.owner);

@@ -228,8 +228,9 @@ class AtRandom:
     def cuts(self, length: int) -> list[int]:
         if not self._tears or length < 2 or self._rng.random() < 0.3:
             return []
-        if length == HEADER.stop - HEADER.start and self._rng.random() < 0.5:
-            return [4]  # where the count ends, and a line of the processor's cache
+        if length == HEADER.stop - HEADER.start:
+            # Where the count and a line of the cache end; inside the offset; anywhere.
+            return [self._rng.choice((4, 4, 4, 10, self._rng.randrange(1, length)))]
         some = range(1, length)
         return sorted(self._rng.sample(some, min(len(some), self._rng.choice((1, 1, 2)))))
 

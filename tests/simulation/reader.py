@@ -156,7 +156,9 @@ def simulate(seed: int, lookalikes: bool = False) -> None:
     """One history and one reader, all by chance.  Raises Violation."""
     rng = random.Random(seed)
     habits = rng.choice((NAMES[:1], NAMES[:2], NAMES)), rng.choice((1, 2, 4))
-    first = rng.choice((0, 0, 120))  # where an offset that is half written is another's
+    first = rng.choice(
+        (0, rng.randrange(116, 126))
+    )  # where an offset that is half written is another's
     qemu = Qemu(rng, rng.random() < 0.4, rng.random() < 0.8, first)
     history = History.of(
         qemu,

@@ -29,6 +29,9 @@ help:
 	@echo "make differential    2,000 images made by random commands of QEMU's tools, and all that we say of"
 	@echo "                     them held against QEMU (half an hour; SEEDS= FROM= for others)"
 	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
+	@echo "make soak            a server used and misused for an hour (MINUTES=): does it keep anything?"
+	@echo "make coverage        the tests (TESTS=) without the native engine, and which branches they"
+	@echo "                     take; coverage goes into build/coverage/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make native          compile the native engine in place; make deps does it too"
@@ -104,6 +107,28 @@ SEEDS ?= 2000
 FROM ?= 0
 differential: deps-test
 	$(PYTHON) tests/differential.py --seeds $(SEEDS) --from $(FROM)
+
+soak: MINUTES = 60
+soak: deps-test
+	$(PYTHON) tests/soak.py --minutes $(MINUTES)
+
+# What every interpreter that is started meanwhile measures too: the command's, and nbdkit's embedded
+# one, which sees no virtual environment but what PYTHONPATH says.
+COVERAGE := build/coverage
+$(COVERAGE)/ready: packaging/requirements-coverage.txt | deps-test
+	$(PYTHON) -m venv --system-site-packages $(COVERAGE)
+	$(COVERAGE)/bin/pip install -q --disable-pip-version-check -r $<
+	mkdir -p $(COVERAGE)/start
+	echo 'import coverage; coverage.process_startup()' > $(COVERAGE)/start/sitecustomize.py
+	touch $@
+
+coverage: $(COVERAGE)/ready
+	rm -f $(COVERAGE)/data*
+	COVERAGE_PROCESS_START=$(CURDIR)/packaging/coverage.ini QCOW2SNAP_NATIVE=0 \
+	PYTHONPATH=$(CURDIR)/$(COVERAGE)/start:$$(echo $(CURDIR)/$(COVERAGE)/lib/python3*/site-packages) \
+	    $(PYTHON) -m pytest -q -p no:cacheprovider $(TESTS)
+	$(COVERAGE)/bin/coverage combine -q --rcfile=packaging/coverage.ini
+	$(COVERAGE)/bin/coverage report --rcfile=packaging/coverage.ini
 
 # atheris comes from PyPI as well, and only here.
 $(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test

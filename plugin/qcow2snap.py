@@ -69,6 +69,19 @@ def _report():
     in_one_line()
 
 
+def _preload():
+    """Import what words an error while there is memory for it."""
+    try:
+        _report()
+    except MemoryError:
+        return  # the first error tries again
+
+
+# Started by the first client, and long enough to keep out of the way of its first bytes.
+_preloading = threading.Timer(1.0, _preload)
+_preloading.daemon = True
+
+
 def dump_plugin():
     print(f"qcow2snap_version={__version__}")
     print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
@@ -148,7 +161,10 @@ def open(readonly):  # noqa: A001 (nbdkit's name)
         snapshots = _snapshots()
         export = find(exports_of(snapshots), snapshots, name)
         del snapshots
-    return Connection(export)
+        connection = Connection(export)
+        if _preloading.ident is None:
+            _preloading.start()
+    return connection
 
 
 def export_description(h):

@@ -123,7 +123,7 @@ def _snapshots():
     if _pinned is None:
         return _image.snapshots
     snapshot, disk = _pinned
-    disk.check()
+    disk.confirm()
     return (snapshot,)
 
 

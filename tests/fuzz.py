@@ -43,7 +43,7 @@ from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
 from qcow2snap_core.image import mapping
 from qcow2snap_core.storage import libnbd
-from qcow2snap_core.storage.local import Pieces
+from qcow2snap_core.storage.local import ExpectedBytes
 from qcow2snap_core.transfer import records
 from qcow2snap_core.util.cache import BoundedCache
 
@@ -61,7 +61,7 @@ class Bytes:
     def size(self) -> int:
         return len(self._data)
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         return all(self.read(len(content), at) == content for content, at in pieces)
 
     def read(self, length: int, offset: int) -> bytes:
@@ -84,11 +84,11 @@ def table(data: bytes) -> None:
     file[60:72] = data[:12].ljust(12, b"\0")
     storage = Bytes(bytes(file))
     found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
-    assert not found.torn
+    assert not found.changed_during_read
     for s in found.snapshots[:3]:
         again = snapshots.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
-        assert again.proof is not None
-        assert again.proof.holds(storage)  # type: ignore[arg-type]
+        assert again.fingerprint is not None
+        assert again.fingerprint.holds(storage)  # type: ignore[arg-type]
 
 
 CLUSTER_BITS = {False: 9, True: 14}

@@ -12,7 +12,7 @@ from ..errors import SnapshotGone, UsageError
 from ..format.snapshots import Snapshot, Table
 from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..image.image import BACKING_FORMATS, Image, Options, open_image
-from ..storage.locks import Quiet
+from ..storage.locks import LockGuard
 from ..util.passphrase import read_passphrase
 
 ACTIVE: Final = "@active"
@@ -91,7 +91,7 @@ def disk_named(image: Image, name: str) -> Disk:
         return image.snapshot(name)
     except UsageError:
         if name == ACTIVE:
-            return image.active_disk(Quiet(image.files))
+            return image.active_disk(LockGuard(image.files))
         raise
 
 

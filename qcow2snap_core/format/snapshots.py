@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from ..errors import ImageError, UsageError, escaped, shown
-from ..storage.local import Pieces, Storage
+from ..storage.local import ExpectedBytes, Storage
 from ..typed import TYPE_CHECKING, Final, NamedTuple
 from . import ondisk as q
 
@@ -79,18 +79,20 @@ _PIECE: Final = 64 << 10  # of a table: its length is nowhere written
 _KEPT_WHOLE: Final = 16 << 10  # a longer start of a table is known by its hash
 
 
-class Proof(NamedTuple):
+class TableFingerprint(NamedTuple):
     """What a table was from its start to the end of one entry: while that is still there and
     the header points to it, the entry is one of its entries."""
 
-    pieces: Pieces  # the header's twelve bytes that led to the table; then the table itself,
+    expected: (
+        ExpectedBytes  # the header's twelve bytes that led to the table; then the table itself,
+    )
     digest: bytes | None  # or its hash where it is too long to be kept for every reader
     offset: int  # host offset of the table
     length: int
 
     def holds(self, storage: Storage) -> bool:
         """Whether the file still says so; the header is read first."""
-        if not storage.holds(self.pieces):
+        if not storage.holds(self.expected):
             return False
         if self.digest is None:
             return True
@@ -112,10 +114,10 @@ class Table(NamedTuple):
 
     snapshots: tuple[Snapshot, ...]
     damage: str | None  # why the entries after these could not be read
-    torn: bool = False  # the header changed meanwhile: do not believe it
+    changed_during_read: bool = False  # the header changed meanwhile: do not believe it
     note: str = ""  # why there are none
     fields: bytes = b""  # that led to it
-    proof: Proof | None = None  # of those that were looked for, if all are there
+    fingerprint: TableFingerprint | None = None  # of those that were looked for, if all are there
 
 
 # A live table is settled within a write and a flush; a damaged one costs this much once.
@@ -133,24 +135,26 @@ def read_table(storage: Storage, known: tuple[bytes, str | None] | None = None) 
     stop = time.thread_time() + q.MAX_TABLE_SECONDS
     for _ in range(_ATTEMPTS):
         table = read_table_once(storage)
-        if not table.torn and (table.damage is None or (table.fields, table.damage) == known):
+        if not table.changed_during_read and (
+            table.damage is None or (table.fields, table.damage) == known
+        ):
             return table
         if time.thread_time() > stop:
             break
         time.sleep(_PAUSE)
-    if table.torn:
+    if table.changed_during_read:
         raise ImageError(f"{shown(storage.path)}: the snapshot table changes too fast to be read")
     return table
 
 
 def read_table_once(storage: Storage, wanted: frozenset[Identity] | None = None) -> Table:
-    """One try; the caller looks at ``torn`` and ``damage``.
+    """One try; the caller looks at ``changed_during_read`` and ``damage``.
 
     With wanted snapshots the table has no others and goes no further than the last of them.
     """
     before = read_fields(storage)
     table = _parse(storage, before, wanted)
-    return table._replace(fields=before, torn=read_fields(storage) != before)
+    return table._replace(fields=before, changed_during_read=read_fields(storage) != before)
 
 
 def read_fields(storage: Storage) -> bytes:
@@ -188,7 +192,7 @@ def _parse(storage: Storage, fields: bytes, wanted: frozenset[Identity] | None) 
             found.append(snapshot)
             missing.remove(snapshot.identity)
             if not missing:
-                return Table(tuple(found), None, proof=reader.proof(fields))
+                return Table(tuple(found), None, fingerprint=reader.fingerprint(fields))
     return Table(tuple(found), None)
 
 
@@ -252,15 +256,15 @@ class _Reader:
             extra_size,
         )
 
-    def proof(self, fields: bytes) -> Proof:
+    def fingerprint(self, fields: bytes) -> TableFingerprint:
         """Of the table up to the last entry's end."""
         header = fields, q.SNAPSHOT_FIELDS_OFFSET
         if self._end <= len(self._first):
             table = self._first[: self._end], self._offset
-            return Proof((header, table), None, self._offset, self._end)
+            return TableFingerprint((header, table), None, self._offset, self._end)
         digest = self._digest.copy() if self._digest else _hash()
         digest.update(self._data[: self._end - self._gone])
-        return Proof((header,), digest.digest(), self._offset, self._end)
+        return TableFingerprint((header,), digest.digest(), self._offset, self._end)
 
     def _take(self, length: int) -> bytes:
         if self._at + length > len(self._data):

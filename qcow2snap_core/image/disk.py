@@ -13,11 +13,11 @@ from time import thread_time_ns
 
 from ..errors import Error, ImageError, StorageError, shown
 from ..format import ondisk as q
-from ..storage.local import Buffer, Storage, check_open
+from ..storage.local import Buffer, Storage, ensure_open
 from ..typed import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 from .clusters import Clusters, fill_zeros
 from .guard import Guard
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ class Layer(Protocol):
     def description(self) -> LayerDescription | None:
         """What :mod:`.native` tells the engine of it; None where it cannot read that."""
 
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+    def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         """Fill the buffer; the range lies inside the layer.  Raises ImageError, StorageError."""
 
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
+    def pieces(self, offset: int, length: int, budget: Budget | None = None) -> Iterator[Piece]:
         """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
 
 
@@ -83,21 +83,21 @@ class RawLayer:
         fd = self._storage.plain_fd
         return None if fd is None else (fd, self.size)
 
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+    def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         got = self._storage.read_into(buffer, offset)
         if got < len(buffer):
             raise self._shrunk()
 
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
+    def pieces(self, offset: int, length: int, budget: Budget | None = None) -> Iterator[Piece]:
         if offset + length > self._storage.size():
             raise self._shrunk()  # or what is missing would pass for a hole
         for start, n, hole in self._storage.holes(offset, length):
             if hole and offset + length > self._storage.size():
                 raise self._shrunk()
             yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
-            if work is not None:
-                work.left -= 1
-                if work.left < 0:
+            if budget is not None:
+                budget.remaining -= 1
+                if budget.remaining < 0:
                     return
 
     def _shrunk(self) -> StorageError:
@@ -162,13 +162,13 @@ class Disk:
         try:
             self.fill(buffer, offset)
         except (ImageError, StorageError):
-            self._guard.check()  # if it is gone, that is the reason for anything
+            self._guard.confirm()  # if it is gone, that is the reason for anything
             raise
-        self._guard.check()
+        self._guard.confirm()
 
     @property
     def mapping(self) -> Mapping:
-        """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
+        """Its tables; whoever reads them asks :meth:`confirm` before believing what they said."""
         return self._mapping
 
     @property
@@ -176,13 +176,13 @@ class Disk:
         """What makes the snapshot this one; None for an active disk."""
         return self._guard.identity
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
-        self._guard.check()
+        self._guard.confirm()
 
-    def check_open(self) -> None:
+    def ensure_open(self) -> None:
         """Raises ValueError when the image was closed."""
-        check_open(self._mapping.storage)
+        ensure_open(self._mapping.storage)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as ALLOCATED and HOLE_ZERO extents, coalesced, from the tables alone.
@@ -192,7 +192,7 @@ class Disk:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
-        cells = self.cells(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
+        cells = self.cells(offset, length, Budget(q.MAX_EXTENT_LOOKUPS))
         yield from merged(Extent(*cell[:3]) for cell in checked(cells, self))
 
     @property
@@ -217,14 +217,14 @@ class Disk:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
             length = min(length, _MOST_PREFETCHED)
-            work = Work(_MOST_PREFETCHED_LOOKUPS)
-            for kind, host, guest, n in self._mapping.runs(self._base + offset, length, work):
+            budget = Budget(_MOST_PREFETCHED_LOOKUPS)
+            for kind, host, guest, n in self._mapping.runs(self._base + offset, length, budget):
                 if kind == DATA:
                     self._clusters.will_need(host, n)
                 elif kind == COMPRESSED:
                     began = thread_time_ns()
                     self._clusters.load(host, self._mapping.token, guest & -self.cluster_size)
-                    work.took(began)
+                    budget.spend_since(began)
         except Error:
             return
 
@@ -243,24 +243,24 @@ class Disk:
         fd, *clusters = data
         return fd, self.size, *self._mapping.description(), self._base, *clusters
 
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+    def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         length = len(buffer)
         guest = self._base + offset
-        if work is not None:
-            work.left -= 1
+        if budget is not None:
+            budget.remaining -= 1
         try:
-            kind, host, n = self._mapping.run(guest, length, work)
+            kind, host, n = self._mapping.run(guest, length, budget)
             if n == length:
-                self._fill_run(buffer, kind, host, guest, work)
+                self._fill_run(buffer, kind, host, guest, budget)
                 return
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
         view = memoryview(buffer).cast("B")
-        work = work or Work(q.MAX_LOOKUPS)
+        budget = budget or Budget(q.MAX_LOOKUPS)
         start = guest
-        for kind, host, guest, n in self._runs(offset, length, work):
+        for kind, host, guest, n in self._runs(offset, length, budget):
             try:
-                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
+                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, budget)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
         if guest + n < start + length:
@@ -269,15 +269,15 @@ class Disk:
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
 
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
-        for cell in self.cells(offset, length, work):
+    def pieces(self, offset: int, length: int, budget: Budget | None = None) -> Iterator[Piece]:
+        for cell in self.cells(offset, length, budget):
             yield Piece(*cell[:4])
 
-    def cells(self, offset: int, length: int, work: Work | None = None) -> Iterator[Cell]:
+    def cells(self, offset: int, length: int, budget: Budget | None = None) -> Iterator[Cell]:
         """The pieces of a range with all that the tables say of them."""
         if not length:
             return
-        for kind, entry, guest, n in self._runs(offset, length, work):
+        for kind, entry, guest, n in self._runs(offset, length, budget):
             start = guest - self._base
             if kind in (DATA, COMPRESSED):
                 try:
@@ -290,11 +290,13 @@ class Disk:
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
-                    for piece in self._below.pieces(start, inside, work):
-                        if work is not None:
-                            work.left -= 1  # each layer above that it goes through costs as much
+                    for piece in self._below.pieces(start, inside, budget):
+                        if budget is not None:
+                            budget.remaining -= (
+                                1  # each layer above that it goes through costs as much
+                            )
                         yield piece.offset, piece.length, piece.type, None, kind, 0
-                    if work is not None and work.left < 0:
+                    if budget is not None and budget.remaining < 0:
                         return
                 if inside < n:
                     yield start + inside, n - inside, HOLE_ZERO, None, kind, 0
@@ -302,19 +304,19 @@ class Disk:
     # --- Inside ---
 
     def _fill_run(
-        self, buffer: Buffer, kind: int, entry: int, guest: int, work: Work | None
+        self, buffer: Buffer, kind: int, entry: int, guest: int, budget: Budget | None
     ) -> None:
         """Fill a buffer from one run of the mapping."""
         if kind == DATA:
             self._clusters.read(buffer, entry, guest)
         elif kind == COMPRESSED:
-            began = 0 if work is None else thread_time_ns()
+            began = 0 if budget is None else thread_time_ns()
             within = guest & (self.cluster_size - 1)
             view = memoryview(buffer).cast("B")
             token = self._mapping.token
             self._clusters.read_compressed(view, entry, token, guest - within, within)
-            if work is not None:
-                work.took(began)
+            if budget is not None:
+                budget.spend_since(began)
         elif kind == UNALLOCATED and self._below is not None:
             offset = guest - self._base
             inside = max(0, min(len(buffer), self._below.size - offset))
@@ -323,17 +325,17 @@ class Disk:
                 fill_zeros(buffer[inside:])
                 buffer = buffer[:inside]
             if inside:
-                self._below.fill(buffer, offset, work)
+                self._below.fill(buffer, offset, budget)
         else:
             fill_zeros(memoryview(buffer).cast("B"))
 
     def _runs(
-        self, offset: int, length: int, work: Work | None = None
+        self, offset: int, length: int, budget: Budget | None = None
     ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
         guest = self._base + offset
         try:
-            for run in self._mapping.runs(guest, length, work):
+            for run in self._mapping.runs(guest, length, budget):
                 yield run
                 guest = run[2] + run[3]
         except (ImageError, StorageError) as e:
@@ -379,11 +381,11 @@ def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
         except (ImageError, StorageError) as e:
             damage = e
         for disk in disks:
-            disk.check()  # if one is gone, that is the reason for anything
+            disk.confirm()  # if one is gone, that is the reason for anything
         for item in batch:
             for file in files:
                 if file.closed:
-                    check_open(file)
+                    ensure_open(file)
             yield item
         if damage is not None:
             raise damage

@@ -18,8 +18,8 @@ standing behind its end.
 When either differs, the table is read again and the snapshot looked up by its identity.
 docs/live.md has the whole argument.
 
-Who reads the tables of many snapshots asks once for them all: the proof then reaches to the end of
-the last one's entry.  One guard for each would read the table as often as it has entries.
+Who reads the tables of many snapshots asks once for them all: the fingerprint then reaches to the
+end of the last one's entry.  One guard for each would read the table as often as it has entries.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from threading import Lock
 
 from ..errors import ImageError, SnapshotGone, escaped, shown
 from ..format import ondisk as q
-from ..format.snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
-from ..storage.local import Pieces, Storage, check_open
+from ..format.snapshots import Identity, Snapshot, Table, TableFingerprint, date, read_table_once
+from ..storage.local import ExpectedBytes, Storage, ensure_open
 from ..typed import Final, Protocol
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
@@ -45,7 +45,7 @@ _MISSING_FOR: Final = 4  # consistent tables in a row
 
 
 #: Is told what the file holds while the snapshot is there, or None when it has to be asked.
-Expect = Callable[[Pieces | None], object]
+Expect = Callable[[ExpectedBytes | None], object]
 
 
 class Guard(Protocol):
@@ -62,8 +62,9 @@ class Guard(Protocol):
     def tell(self, expect: Expect) -> None:
         """Keep a native reader informed, which then compares by itself."""
 
-    def check(self) -> None:
-        """Raises SnapshotGone, or ImageError when it cannot be told."""
+    def confirm(self) -> None:
+        """Raises SnapshotGone when what was read does not hold, ImageError when that cannot be
+        told."""
 
 
 class Unguarded:
@@ -78,9 +79,9 @@ class Unguarded:
     def tell(self, expect: Expect) -> None:
         """Never called: there is nothing to compare."""
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises ValueError when the file was closed: zeros are read without a look at it."""
-        check_open(self._storage)
+        ensure_open(self._storage)
 
 
 class SnapshotGuard:
@@ -95,24 +96,28 @@ class SnapshotGuard:
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
-        self._proof: Proof | None = None
+        self._fingerprint: TableFingerprint | None = None
         # The header's fields and the damage that were waited for in vain.
         self._lasting: tuple[bytes, str | None] | None = None
         self._expect: Expect | None = None
 
     def tell(self, expect: Expect) -> None:
         self._expect = expect
-        self._believe(self._proof)
+        self._believe(self._fingerprint)
 
-    def _believe(self, proof: Proof | None) -> None:
-        self._proof = proof
+    def _believe(self, fingerprint: TableFingerprint | None) -> None:
+        self._fingerprint = fingerprint
         if self._expect is not None:
-            self._expect(proof.pieces if proof is not None and proof.digest is None else None)
+            self._expect(
+                fingerprint.expected
+                if fingerprint is not None and fingerprint.digest is None
+                else None
+            )
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises SnapshotGone when one of them is, ImageError when it cannot be told."""
-        proof = self._proof
-        if self._gone is None and proof is not None and proof.holds(self._storage):
+        fingerprint = self._fingerprint
+        if self._gone is None and fingerprint is not None and fingerprint.holds(self._storage):
             return
         if self._wanted:
             self._look_again()
@@ -127,9 +132,9 @@ class SnapshotGuard:
                 if self._gone is not None:
                     raise SnapshotGone(self._gone)
                 table = read_table_once(self._storage, self._wanted)
-                if not table.torn:
-                    if table.proof is not None:
-                        self._believe(table.proof)
+                if not table.changed_during_read:
+                    if table.fingerprint is not None:
+                        self._believe(table.fingerprint)
                         return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0

@@ -20,7 +20,7 @@ from ..format import ondisk as q
 from ..format.header import Header, read_header
 from ..format.snapshots import Choice, Identity, Snapshot, Table, choose, read_table
 from ..storage.libnbd import is_uri
-from ..storage.local import Storage, check_open, open_storage
+from ..storage.local import Storage, ensure_open, open_storage
 from ..storage.policy import Policy
 from ..typed import Final, NamedTuple
 from ..util.cache import OVERHEAD, BoundedCache
@@ -124,7 +124,7 @@ class Image:
         if disk is None:
             guard = SnapshotGuard(self.storage, snapshot)
             disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
-        disk.check()
+        disk.confirm()
         return disk
 
     def _open_disk(self, snapshot: Snapshot, vm_state: bool, guard: Guard) -> Disk:
@@ -152,7 +152,7 @@ class Image:
 
         Raises ImageError when the active L1 table is damaged.
         """
-        check_open(self.storage)
+        ensure_open(self.storage)
         h = self.header
         what = shown(self.path)
         self._check_l1(h.l1_table_offset, h.l1_size, what)
@@ -172,7 +172,7 @@ class Image:
     @property
     def files(self) -> tuple[Storage, ...]:
         """Every file that is open for it: its own, the layers' below, their data files."""
-        check_open(self.storage)
+        ensure_open(self.storage)
         return tuple(self._shared.storages)
 
     @property
@@ -203,7 +203,7 @@ class Image:
             storage.close()
 
     def __enter__(self) -> Image:
-        check_open(self.storage)
+        ensure_open(self.storage)
         return self
 
     def __exit__(

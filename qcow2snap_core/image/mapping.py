@@ -46,19 +46,19 @@ class Geometry(NamedTuple):
     data_file: bool = False
 
 
-class Work:
+class Budget:
     """What a request may still cost over all layers, in look-ups of some 4 us.  Fetching a part
     of a table counts for several, and decoding a cluster for the CPU time that it takes: a stream
     can be made to take thirty times the usual."""
 
-    __slots__ = ("left",)
+    __slots__ = ("remaining",)
 
-    def __init__(self, left: int) -> None:
-        self.left = left
+    def __init__(self, remaining: int) -> None:
+        self.remaining = remaining
 
-    def took(self, since: int) -> None:
+    def spend_since(self, since: int) -> None:
         """Count the CPU time since then, of ``time.thread_time_ns()``."""
-        self.left -= time.thread_time_ns() - since >> 12
+        self.remaining -= time.thread_time_ns() - since >> 12
 
 
 _LOAD: Final = 4  # look-ups that reading a slice costs, besides its own
@@ -134,7 +134,7 @@ class Mapping:
         return self._storage
 
     def runs(
-        self, offset: int, length: int, work: Work | None = None
+        self, offset: int, length: int, budget: Budget | None = None
     ) -> Iterator[tuple[int, int, int, int]]:
         """The runs of a range, in order and merged: (kind, host offset, guest offset, length).
 
@@ -142,17 +142,17 @@ class Mapping:
         Raises ImageError or StorageError where the tables cannot be believed or read.
         """
         end = offset + length
-        if work is not None:
-            work.left -= 1
-        kind, host, n = self.run(offset, length, work)
+        if budget is not None:
+            budget.remaining -= 1
+        kind, host, n = self.run(offset, length, budget)
         start, offset = offset, offset + n
         while offset < end:
-            if work is not None:
-                work.left -= 1
-                if work.left < 0:
+            if budget is not None:
+                budget.remaining -= 1
+                if budget.remaining < 0:
                     break
             try:
-                next_kind, next_host, n = self.run(offset, end - offset, work)
+                next_kind, next_host, n = self.run(offset, end - offset, budget)
             except Error:
                 yield kind, host, start, offset - start  # so that it is known where it failed
                 raise
@@ -166,7 +166,7 @@ class Mapping:
             offset += n
         yield kind, host, start, offset - start
 
-    def run(self, offset: int, length: int, work: Work | None = None) -> Run:
+    def run(self, offset: int, length: int, budget: Budget | None = None) -> Run:
         """What lies at guest ``offset``, and for how much of ``length`` it surely goes on.
 
         QEMU: qcow2_get_host_offset.  The caller counts the look-up itself.  Raises as :meth:`runs`.
@@ -174,13 +174,13 @@ class Mapping:
         index = offset >> self._bits
         table = self._cache.get((self.token, index >> self._slice_bits))
         if table is None:
-            table = self._load(index >> self._slice_bits, work)
+            table = self._load(index >> self._slice_bits, budget)
         at = index & self._slice_mask
         within = offset & (self.cluster_size - 1)
         try:
             entry = table[at]
         except IndexError:
-            return self._no_entry(table, offset, length, work)
+            return self._no_entry(table, offset, length, budget)
         if not entry & self._odd:
             step = self.cluster_size if entry else 0
             kind = DATA if entry else UNALLOCATED
@@ -282,7 +282,7 @@ class Mapping:
 
     # --- Loading ---
 
-    def _no_entry(self, table: Slice[int], offset: int, length: int, work: Work | None) -> Run:
+    def _no_entry(self, table: Slice[int], offset: int, length: int, budget: Budget | None) -> Run:
         """Past what the slice holds: all of it when there is no L2 table, and more when there is
         none for what follows either, or a disk of exabytes would take hours to walk."""
         if table is _BEYOND:
@@ -294,23 +294,23 @@ class Mapping:
         if table is _ABSENT:
             first = offset // self.bytes_per_l1_entry
             last = (offset + length - 1) // self.bytes_per_l1_entry
-            l1, at = self._l1_slice(first, work)
+            l1, at = self._l1_slice(first, budget)
             stop = min(at + 1 + last - first, len(l1))
             absent = 1 + alike(l1, at + 1, stop, l1[at], 0)
             return UNALLOCATED, 0, min((first + absent) * self.bytes_per_l1_entry - offset, length)
         raise ImageError("its L2 table lies past the end of the file")
 
-    def _load(self, index: int, work: Work | None) -> Slice[int]:
+    def _load(self, index: int, budget: Budget | None) -> Slice[int]:
         """Slice ``index`` of all the L2 tables, laid end to end."""
         l1_index, part = divmod(index, 1 << self._l2_bits - self._slice_bits)
         if l1_index >= self._l1_size:
             return _BEYOND
-        l1, at = self._l1_slice(l1_index, work)
+        l1, at = self._l1_slice(l1_index, budget)
         table_offset = self.l2_offset(l1_index, l1[at])
         if not table_offset:
             return _ABSENT
-        if work is not None:
-            work.left -= _LOAD
+        if budget is not None:
+            budget.remaining -= _LOAD
         size = 1 << self._slice_bits + self._entry_bits
         return self._cache.load(
             (self.token, index), lambda: self._read(table_offset + part * size, size), size
@@ -331,7 +331,7 @@ class Mapping:
             stride = 1 << self._entry_bits
             raw[::stride] = raw[::stride].translate(_CLEAR_COPIED)
 
-    def _l1_slice(self, index: int, work: Work | None) -> tuple[Slice[int], int]:
+    def _l1_slice(self, index: int, budget: Budget | None) -> tuple[Slice[int], int]:
         """Where an L1 entry is; that table is read in slices as well: it may be 32 MiB."""
         per_slice = _SLICE_BYTES // q.L1_ENTRY_SIZE
         first = index - index % per_slice
@@ -347,8 +347,8 @@ class Mapping:
         key = (self.token, ~first)  # L1 slices share the cache; their keys are negative
         table = self._cache.get(key)
         if table is None:
-            if work is not None:
-                work.left -= _LOAD
+            if budget is not None:
+                budget.remaining -= _LOAD
             table = self._cache.load(key, read, count * q.L1_ENTRY_SIZE)
         return table, index - first
 

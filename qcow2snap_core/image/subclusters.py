@@ -12,7 +12,7 @@ from typing import Final
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Run, Work, alike
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping, Run, alike
 
 _ALL: Final = (1 << q.SUBCLUSTERS) - 1
 _UNIFORM: Final = {DATA: _ALL, ZERO: _ALL << q.SUBCLUSTERS, UNALLOCATED: 0}
@@ -26,18 +26,18 @@ class SubclusterMapping(Mapping):
 
     _entry_bits = 4  # 16 bytes
 
-    def run(self, offset: int, length: int, work: Work | None = None) -> Run:
+    def run(self, offset: int, length: int, budget: Budget | None = None) -> Run:
         """As :meth:`.Mapping.run`, by subclusters."""
         index = offset >> self._bits
         table = self._cache.get((self.token, index >> self._slice_bits))
         if table is None:
-            table = self._load(index >> self._slice_bits, work)
+            table = self._load(index >> self._slice_bits, budget)
         at = index & self._slice_mask
         within = offset & (self.cluster_size - 1)
         try:
             entry, bitmap = table[2 * at], table[2 * at + 1]
         except IndexError:
-            return self._no_entry(table, offset, length, work)
+            return self._no_entry(table, offset, length, budget)
         host, allocated = self._offset(entry)
         if allocated is None:
             return COMPRESSED, entry, min(self.cluster_size - within, length)

@@ -18,7 +18,7 @@ def libnbd() -> Any:
     return nbd
 
 
-def said(error: Any, uri: str = "") -> str:
+def message_of(error: Any, uri: str = "") -> str:
     """What one of its errors says, without the name of the C function, nor what is secret in the
     URI: one that it cannot parse it repeats."""
     text = str(error.string).partition(": ")[2] or str(error.string)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
 
-Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
+ExpectedBytes = tuple[tuple[bytes, int], ...]  # (content, host offset)
 
 
 class Storage(Protocol):
@@ -54,7 +54,7 @@ class Storage(Protocol):
     def read(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from host ``offset``; fewer only where the file ends."""
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         """Whether each piece is still what it was, looked at in this order."""
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
@@ -192,7 +192,7 @@ class File:
         except OSError as e:
             raise _failed(self.path, offset, length, e) from e
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         # Part of every request: no more calls than the two that the kernel has to answer.
         pread, fd = os.pread, self._fd
         try:
@@ -298,7 +298,7 @@ class BlockDevice:
         data = bytearray(length)
         return bytes(memoryview(data)[: self.read_into(data, offset)])
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         return all(self.read(len(content), offset) == content for content, offset in pieces)
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
@@ -342,7 +342,7 @@ def _unreadable() -> int:
     return _no_file
 
 
-def check_open(storage: Storage) -> None:
+def ensure_open(storage: Storage) -> None:
     """Raises ValueError once it is closed."""
     if storage.closed:
         raise closed(storage.path)

@@ -22,8 +22,8 @@ from threading import Condition
 from typing import Any, Final, NamedTuple
 
 from ..errors import Error, StorageError, UsageError, shown
-from .libnbd import absolute, libnbd, said, without_secrets
-from .local import Buffer, Pieces, check_open, closed
+from .libnbd import absolute, libnbd, message_of, without_secrets
+from .local import Buffer, ExpectedBytes, closed, ensure_open
 
 _MOST: Final = 8  # connections
 _PATIENCE: Final = 30.0  # seconds for the first connection
@@ -78,7 +78,7 @@ class RemoteFile:
 
     def size(self) -> int:
         """The size a second ago; where the server takes one connection only, that at the start."""
-        check_open(self)
+        ensure_open(self)
         if time.monotonic() - self._measured > _SIZE_HOLDS_FOR:
             self._measure()
         return self._size
@@ -97,7 +97,7 @@ class RemoteFile:
         data = bytearray(length)
         return bytes(memoryview(data)[: self.read_into(data, offset)])
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         # One after the other, each a round trip.  Asked for together they may be answered in any
         # order, and the guard's argument wants the header's answer to be the older one.
         for content, offset in pieces:
@@ -138,7 +138,7 @@ class RemoteFile:
 
     def _inside(self, length: int, offset: int) -> int:
         """How much of a range is inside the export."""
-        check_open(self)
+        ensure_open(self)
         if offset + length > self._size:
             # What is short is taken for the file's end, and for damage: so this has to be the end
             # that it has now.
@@ -156,7 +156,7 @@ class RemoteFile:
                 except self._nbd.Error as e:
                     lost = connection.handle.aio_is_dead() or connection.handle.aio_is_closed()
                     if not (lost and again):
-                        raise StorageError(said(e)) from e
+                        raise StorageError(message_of(e)) from e
                     if connection.generation == self._generation:
                         self._new_generation()
                 finally:
@@ -264,7 +264,7 @@ class RemoteFile:
                     raise StorageError("the server does not answer")
             size = handle.get_size()
         except self._nbd.Error as e:
-            raise StorageError(said(e, self.absolute)) from e
+            raise StorageError(message_of(e, self.absolute)) from e
         with self._changed:
             if size != self._size:
                 self._size = size

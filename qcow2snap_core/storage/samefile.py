@@ -243,7 +243,7 @@ class System:
         return Path(self._root, path.lstrip("/"), *below)
 
 
-def check_apart(path: str, files: Iterable[Storage], name: str, *, new: bool = False) -> None:
+def ensure_apart(path: str, files: Iterable[Storage], name: str, *, new: bool = False) -> None:
     """Raises UsageError when writing to what is at the path would write into one of the files that
     are being read, or when that cannot be told.
 

@@ -79,7 +79,7 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         if disk and disk.reach < disk.size:
             first = disk.reach // cell
             own[first:] = [holds | Holds.UNKNOWN for holds in own[first:]]
-    guard.check()
+    guard.confirm()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
 

@@ -46,7 +46,7 @@ def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | N
         mappings = [image.disk(s, guard=guard).mapping for s in snapshots]
         mappings.append(image.active_disk().mapping)
     except ImageError:  # whoever is damaged may share anything
-        guard.check()
+        guard.confirm()
         return [None] * len(snapshots)
     space = _Space(image, mappings)
     space.count()
@@ -61,7 +61,7 @@ def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | N
             )
         )
     ]
-    guard.check()
+    guard.confirm()
     return [None if n is None else n * image.header.cluster_size for n in clusters]
 
 

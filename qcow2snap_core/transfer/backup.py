@@ -81,7 +81,7 @@ def copy(
     """
     began = time.monotonic()
     to = destination(target, TARGETS, in_place=in_place)
-    to.check_apart(image.files)
+    to.ensure_apart(image.files)
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     job = _Job(new, plan, count(plan), since, threads)

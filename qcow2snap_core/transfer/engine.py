@@ -27,7 +27,7 @@ from typing import Final, NamedTuple, Protocol
 
 from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, RawLayer, merged
 from ..storage.local import Buffer
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
 from ..util.workers import spread
 from .targets import Target
@@ -81,7 +81,7 @@ def count(plan: Plan) -> Amount:
     """Go through a plan without reading data.  Raises what the tables' damage raises."""
     data = zeros = 0
     for extent in plan():
-        check()
+        raise_if_interrupted()
         if extent.type == ALLOCATED:
             data += extent.length
         else:
@@ -133,7 +133,7 @@ def transfer(
 
 def _only(kind: int, extents: Iterable[Extent]) -> Iterator[Extent]:
     for extent in extents:
-        check()
+        raise_if_interrupted()
         if extent.type == kind:
             yield extent
 

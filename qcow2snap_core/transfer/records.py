@@ -95,7 +95,7 @@ def held(disk: Disk) -> Held | None:
         digest.update(struct.pack(">Q", len(text)) + text)
     _add_tables(digest, disk)
     _add_ends(digest, disk)
-    disk.check()
+    disk.confirm()
     return Held(
         identity.id[:_MOST_TEXT],
         identity.name[:_MOST_TEXT],

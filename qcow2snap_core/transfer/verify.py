@@ -21,7 +21,7 @@ from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, merged
 from ..image.image import Image, Options, open_image
 from ..storage.local import Buffer
 from ..tables.diff import changes
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from ..util.workers import spread
 from .engine import PIECE, THREADS, Plan, Source, cut
@@ -167,7 +167,7 @@ def _to_read(plan: Plan, found: Readable, advance: Advance) -> Iterator[_Pair]:
     """What the tables leave to be read, in pieces."""
     for offset, length, kind in merged(plan()):
         for there in _covering(found, offset, length):
-            check()
+            raise_if_interrupted()
             if kind == there.type == HOLE_ZERO:
                 advance(there.length)
                 continue

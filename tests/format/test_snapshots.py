@@ -332,7 +332,7 @@ def test_a_proof_is_of_all_that_was_read(image):
         path.write_bytes(whole)
         second = reader.entry()
         assert second.id == "2"
-        proof = reader.proof(read_fields(storage))
-        assert proof.holds(storage)
+        fingerprint = reader.fingerprint(read_fields(storage))
+        assert fingerprint.holds(storage)
         patch(path, second.entry_offset + second.entry_length - 1, b"!")
-        assert not proof.holds(storage)
+        assert not fingerprint.holds(storage)

@@ -91,8 +91,8 @@ def test_a_guard_of_a_late_entry_keeps_little_of_the_table(disk: Path) -> None:
         last = read_table(storage).snapshots[-1]
         guard = SnapshotGuard(storage, last)
         with bounded(MiB):
-            guard.check()
-            guard.check()
+            guard.confirm()
+            guard.confirm()
         qemu.patch(disk, last.entry_offset - 8, b"!")  # of the entry before
         with opened(disk) as other:
             assert read_table(other).snapshots[-1] == last
@@ -100,9 +100,9 @@ def test_a_guard_of_a_late_entry_keeps_little_of_the_table(disk: Path) -> None:
 
 
 def proves(guard: SnapshotGuard, storage: object) -> bool:
-    proof = guard._proof
-    assert proof is not None
-    return proof.holds(storage)  # type: ignore[arg-type]
+    fingerprint = guard._fingerprint
+    assert fingerprint is not None
+    return fingerprint.holds(storage)  # type: ignore[arg-type]
 
 
 def test_a_damaged_table_is_not_believed_in_for_long(disk: Path) -> None:

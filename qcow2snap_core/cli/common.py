@@ -10,8 +10,10 @@ from typing import Any, Final, TypeVar
 
 from ..errors import SnapshotGone, UsageError
 from ..format.snapshots import Snapshot, Table
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from ..image.image import BACKING_FORMATS, Image, Options, open_image
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
+from ..image.image import Image
+from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..util.passphrase import read_passphrase
 

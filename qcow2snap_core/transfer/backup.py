@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import Error, UsageError, reason, shown
-from ..image.disk import Disk, Extent, RawLayer
+from ..image.disk import Disk
+from ..image.extents import Extent
 from ..image.image import Image
+from ..image.layers import RawLayer
 from ..storage.libnbd import is_uri, without_secrets
 from ..storage.local import open_storage
 from ..tables.diff import changes, unchanged

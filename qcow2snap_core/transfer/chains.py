@@ -21,8 +21,11 @@ from typing import Final, NamedTuple
 from ..errors import UsageError, shown
 from ..format.ondisk import MAX_CHAIN
 from ..format.snapshots import Snapshot, read_table
-from ..image.disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
-from ..image.image import Image, Options
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, Extent, merged
+from ..image.image import Image
+from ..image.layers import Layer, RawLayer
+from ..image.opener import Options
 from ..storage.libnbd import is_uri
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes

@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Final, NamedTuple, Protocol
 
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, RawLayer, merged
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
+from ..image.layers import RawLayer
 from ..storage.local import Buffer
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
@@ -66,8 +68,8 @@ class RawSource:
         return self.extents(0, self._layer.size)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        for start, n, kind, _ in self._layer.pieces(offset, length):
-            yield Extent(start, n, kind)
+        for found in self._layer.ranges(offset, length):
+            yield Extent(*found[:3])
 
 
 class Amount(NamedTuple):

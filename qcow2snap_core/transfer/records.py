@@ -107,7 +107,7 @@ def held(disk: Disk) -> Held | None:
 
 
 def _add_tables(digest: Any, disk: Disk) -> None:
-    mapping = disk.mapping
+    mapping = disk.tables
     left = _L2_BYTES // mapping.l2_entry_size
     for first in range(0, mapping.l1_size, _L1_ENTRIES):
         entries = mapping.l1_entries(first, min(_L1_ENTRIES, mapping.l1_size - first))

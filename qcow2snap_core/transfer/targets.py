@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 from ..errors import StorageError, UsageError, reason, shown
-from ..image.disk import ALLOCATED, HOLE_ZERO, Extent
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..storage.libnbd import libnbd, message_of, without_secrets
 from ..storage.local import Buffer
 

@@ -17,8 +17,10 @@ from typing import Final, NamedTuple, Protocol
 
 from ..errors import StorageError, shown
 from ..format.snapshots import summary
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, merged
-from ..image.image import Image, Options, open_image
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
+from ..image.image import Image
+from ..image.opener import Options, open_image
 from ..storage.local import Buffer
 from ..tables.diff import changes
 from ..util.interrupts import raise_if_interrupted

@@ -26,7 +26,8 @@ from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.snapshots import Snapshot, read_table
 from qcow2snap_core.image.clusters import EncryptedClusters
 from qcow2snap_core.image.guard import SnapshotGuard
-from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.serve.exports import exports_of
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.diff import changes
@@ -222,7 +223,7 @@ def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.size == 2**63 - 512
-        assert len(list(disk.pieces(0, disk.size))) == 1
+        assert len(list(disk.ranges(0, disk.size))) == 1
         assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
         assert list(changes(disk, disk)) == []
 

@@ -27,7 +27,8 @@ from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.format.snapshots import Snapshot, read_fields, read_table
 from qcow2snap_core.image.guard import SnapshotGuard
-from qcow2snap_core.image.image import Image, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.storage.local import ExpectedBytes, File, Storage
 from qcow2snap_core.tables.sharing import picture
 from qcow2snap_core.tables.space import exclusive_sizes

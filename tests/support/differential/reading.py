@@ -227,7 +227,7 @@ def vm_states(world: World, rng: random.Random) -> None:
             snapshot = state.snapshot
             assert snapshot is not None
             disk = image.disk(snapshot, vm_state=True)
-            per_l1_entry = image.disk(snapshot).mapping.bytes_per_l1_entry
+            per_l1_entry = image.disk(snapshot).tables.bytes_per_l1_entry
             base = -(-snapshot.disk_size // per_l1_entry) * per_l1_entry
             shutil.copyfile(world.path, copy)
             qemu.activate(copy, snapshot, base + snapshot.vm_state_size)

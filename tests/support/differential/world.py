@@ -25,7 +25,8 @@ from qcow2snap_core import cli
 from qcow2snap_core.cli import copy as cli_copy
 from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.disk import Disk
-from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from support import command, qemu, secret
 
 from . import steps

@@ -38,7 +38,7 @@ from support import catalogue, damage, qemu
 
 from qcow2snap_core.decode import codecs, luks
 from qcow2snap_core.errors import Error, ImageError
-from qcow2snap_core.format import bitmaps, snapshots
+from qcow2snap_core.format import bitmaps, snapshot_table
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
 from qcow2snap_core.image import mapping, subclusters, tablereader
@@ -83,10 +83,10 @@ def table(data: bytes) -> None:
     file = bytearray(data[12:])
     file[60:72] = data[:12].ljust(12, b"\0")
     storage = Bytes(bytes(file))
-    found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
+    found = snapshot_table.read_table_once(storage)  # type: ignore[arg-type]
     assert not found.changed_during_read
     for s in found.snapshots[:3]:
-        again = snapshots.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
+        again = snapshot_table.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
         assert again.fingerprint is not None
         assert again.fingerprint.holds(storage)  # type: ignore[arg-type]
 

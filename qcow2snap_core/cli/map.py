@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from ..format.snapshots import Choice, choose
+from ..format.choosing import Choice, choose
 from ..image.disk import Disk, confirmed
 from ..image.extents import Extent, MappedRange, joined
 from ..image.image import Image

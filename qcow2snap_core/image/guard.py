@@ -30,7 +30,8 @@ from threading import Lock
 
 from ..errors import ImageError, SnapshotGone, escaped, shown
 from ..format import ondisk as q
-from ..format.snapshots import Identity, Snapshot, Table, TableFingerprint, date, read_table_once
+from ..format.snapshot_table import Table, TableFingerprint, read_table_once
+from ..format.snapshots import Identity, Snapshot, date
 from ..storage.local import ExpectedBytes, Storage, ensure_open
 from ..typed import Final, Protocol
 

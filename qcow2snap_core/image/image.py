@@ -13,8 +13,10 @@ from weakref import WeakValueDictionary
 
 from ..errors import ImageError, escaped, shown
 from ..format import ondisk as q
+from ..format.choosing import Choice, choose
 from ..format.header import Header
-from ..format.snapshots import Choice, Identity, Snapshot, Table, choose, read_table
+from ..format.snapshot_table import Table, read_table
+from ..format.snapshots import Identity, Snapshot
 from ..storage.local import Storage, ensure_open
 from ..typed import TYPE_CHECKING, Final
 from ..util.cache import OVERHEAD, BoundedCache

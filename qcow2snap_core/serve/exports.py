@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..errors import UsageError, escaped, shown
-from ..format.snapshots import Snapshot, date, summary
+from ..format.choosing import summary
+from ..format.snapshots import Snapshot, date
 from ..typed import Final, NamedTuple
 from ..util.units import binary
 

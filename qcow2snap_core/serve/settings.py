@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError, escaped
-from ..format.snapshots import Choice
+from ..format.choosing import Choice
 from ..image.image import Image
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.libnbd import absolute, is_uri

@@ -20,7 +20,8 @@ from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
 from ..format.ondisk import MAX_CHAIN
-from ..format.snapshots import Snapshot, read_table
+from ..format.snapshot_table import read_table
+from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, Extent, merged
 from ..image.image import Image

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import UsageError, reason, shown
+from ..storage.ground import mount_of
 from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
-from ..storage.samefile import ensure_apart, mount_of
+from ..storage.samefile import ensure_apart
 
 _BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from ..errors import StorageError, shown
-from ..format.snapshots import summary
+from ..format.choosing import summary
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
 from ..image.image import Image

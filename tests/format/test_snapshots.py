@@ -12,17 +12,15 @@ from support.qemu import KiB, MiB, content, create, info, io, patch, run, take
 from support.tables import Entry, write_table
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.format.snapshots import (
-    Choice,
+from qcow2snap_core.format.choosing import Choice, choose, summary
+from qcow2snap_core.format.snapshot_table import (
     Table,
     _Reader,
-    choose,
-    date,
     read_fields,
     read_table,
     read_table_once,
-    summary,
 )
+from qcow2snap_core.format.snapshots import date
 
 
 def table(path):

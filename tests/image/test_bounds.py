@@ -23,7 +23,8 @@ from qcow2snap_core.decode.codecs import Zlib, Zstd
 from qcow2snap_core.decode.encryption import Encryption
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format import ondisk as q
-from qcow2snap_core.format.snapshots import Snapshot, read_table
+from qcow2snap_core.format.snapshot_table import read_table
+from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.clusters import EncryptedClusters
 from qcow2snap_core.image.guard import SnapshotGuard
 from qcow2snap_core.image.image import Image

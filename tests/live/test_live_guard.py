@@ -25,7 +25,8 @@ from support.tables import Entry
 
 from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
-from qcow2snap_core.format.snapshots import Snapshot, read_fields, read_table
+from qcow2snap_core.format.snapshot_table import read_fields, read_table
+from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.guard import SnapshotGuard
 from qcow2snap_core.image.image import Image
 from qcow2snap_core.image.opener import open_image

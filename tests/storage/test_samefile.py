@@ -12,7 +12,8 @@ import pytest
 from support.devices import opened
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.storage.samefile import System, ensure_apart
+from qcow2snap_core.storage.ground import System
+from qcow2snap_core.storage.samefile import ensure_apart
 
 NUMBERS = {
     "sda": "8:0",

@@ -211,8 +211,8 @@ if ENGINE is not None:
 
 def extents(h, count, offset, flags):
     try:
-        found = h.disk.extents(offset, count)
-        return [next(found)] if flags & nbdkit.FLAG_REQ_ONE else list(found)
+        answer = h.disk.extents(offset, count)
+        return [next(answer)] if flags & nbdkit.FLAG_REQ_ONE else list(answer)
     except Exception:
         nbdkit.set_error(errno.EIO)
         _report()

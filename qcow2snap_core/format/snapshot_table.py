@@ -45,10 +45,10 @@ class TableFingerprint(NamedTuple):
             return False
         if self.digest is None:
             return True
-        found = _hash()
+        present = _hash()
         for at in range(0, self.length, _PIECE):
-            found.update(storage.read(min(_PIECE, self.length - at), self.offset + at))
-        return found.digest() == self.digest
+            present.update(storage.read(min(_PIECE, self.length - at), self.offset + at))
+        return present.digest() == self.digest
 
 
 def _hash() -> blake2b:
@@ -128,21 +128,21 @@ def _parse(storage: Storage, fields: bytes, wanted: frozenset[Identity] | None) 
     if not storage.read(1, offset):  # a remote file's size may be that of a moment ago
         return Table((), f"its offset {offset:#x} lies past the end of the file")
     reader = _Reader(storage, offset, int.from_bytes(active[4:], "big"))
-    found: list[Snapshot] = []
+    snapshots: list[Snapshot] = []
     missing = set(wanted or ())
     for number in range(count):
         try:
             snapshot = reader.entry()
         except ImageError as e:
-            return Table(tuple(found), f"entry {number + 1} of {count} {e}")
+            return Table(tuple(snapshots), f"entry {number + 1} of {count} {e}")
         if wanted is None:
-            found.append(snapshot)
+            snapshots.append(snapshot)
         elif snapshot.identity in missing:
-            found.append(snapshot)
+            snapshots.append(snapshot)
             missing.remove(snapshot.identity)
             if not missing:
-                return Table(tuple(found), None, fingerprint=reader.fingerprint(fields))
-    return Table(tuple(found), None)
+                return Table(tuple(snapshots), None, fingerprint=reader.fingerprint(fields))
+    return Table(tuple(snapshots), None)
 
 
 class _Reader:

@@ -121,7 +121,7 @@ class Disk:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
         ranges = self.ranges(offset, length, Budget(q.MAX_EXTENT_LOOKUPS))
-        yield from merged(Extent(*found[:3]) for found in confirmed(ranges, self))
+        yield from merged(Extent(m[0], m[1], m[2]) for m in confirmed(ranges, self))
 
     @property
     def reach(self) -> int:
@@ -216,11 +216,11 @@ class Disk:
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
-                    for found in self._below.ranges(start, inside, budget):
+                    for mapped in self._below.ranges(start, inside, budget):
                         if budget is not None:
                             # Each layer above that it goes through costs as much.
                             budget.remaining -= 1
-                        yield MappedRange(*found[:3], None, kind, 0)
+                        yield MappedRange(*mapped[:3], None, kind, 0)
                     if budget is not None and budget.remaining < 0:
                         return
                 if inside < n:
@@ -269,9 +269,9 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
-        found.located = e.located or str(found)
-        return found
+        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
+        located.located = e.located or str(located)
+        return located
 
 
 _T = TypeVar("_T")

@@ -49,8 +49,4 @@ def joined(ranges: Iterable[_R], continues: Callable[[_R, _R], bool]) -> Iterato
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
     """The same ranges, neighbours of one type as one."""
-    return joined(extents, _is_more_of)
-
-
-def _is_more_of(last: Extent, following: Extent) -> bool:
-    return last.type == following.type and last.offset + last.length == following.offset
+    return joined(extents, lambda a, b: a[2] == b[2] and a[0] + a[1] == b[0])

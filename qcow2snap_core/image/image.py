@@ -171,12 +171,12 @@ class Image:
     def chain(self) -> list[tuple[Storage, Layer]]:
         """Each layer's file and what the guest sees in it, from the top down."""
         layer: Layer | None = self.active_disk()
-        found: list[tuple[Storage, Layer]] = []
+        layers: list[tuple[Storage, Layer]] = []
         for storage in self._chain.layers:
             assert layer is not None
-            found.append((storage, layer))
+            layers.append((storage, layer))
             layer = layer.below
-        return found
+        return layers
 
     @property
     def encrypted(self) -> bool:

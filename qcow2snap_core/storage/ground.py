@@ -208,16 +208,16 @@ class System:
         number = os.fstat(handle).st_dev
         if os.major(number):
             return [_somewhere_in((DEVICE, number))]
-        found: list[Part] = []
+        parts: list[Part] = []
         for name in self._mounted(handle):
             with suppress(OSError), _held(self._path(name)) as source:
                 status = os.fstat(source)
                 if stat.S_ISBLK(status.st_mode):
-                    found += [_somewhere_in((DEVICE, n)) for n in self._of_btrfs(status.st_rdev)]
+                    parts += [_somewhere_in((DEVICE, n)) for n in self._of_btrfs(status.st_rdev)]
                 elif stat.S_ISREG(status.st_mode) and depth < _DEEPEST:
-                    found.append(_somewhere_in(inode(status)))
-                    found += self._below_file(source, depth + 1)
-        return found
+                    parts.append(_somewhere_in(inode(status)))
+                    parts += self._below_file(source, depth + 1)
+        return parts
 
     def _mounted(self, handle: int) -> list[str]:
         """The paths of what is mounted where the file is."""

@@ -27,9 +27,9 @@ def message_of(error: Any, uri: str = "") -> str:
 
 def is_uri(path: str) -> bool:
     """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
-    scheme, found, _ = path.partition("://")
+    scheme, separator, _ = path.partition("://")
     name, plus, transport = scheme.partition("+")
-    if not found or name not in ("nbd", "nbds"):
+    if not separator or name not in ("nbd", "nbds"):
         return False
     return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
 

@@ -84,9 +84,9 @@ def _lasting_name(path: str, real: str) -> str:
     """What a device is called tomorrow too, ``/dev/group/volume`` and not ``/dev/dm-3``; but only
     root may have made that name."""
     directory, name = os.path.split(path)
-    found = os.path.join(os.path.realpath(directory), name)
-    trusted = _lies_in(found, "/dev") and os.lstat(found).st_uid == 0
-    return found if trusted else real
+    lasting = os.path.join(os.path.realpath(directory), name)
+    trusted = _lies_in(lasting, "/dev") and os.lstat(lasting).st_uid == 0
+    return lasting if trusted else real
 
 
 def _directory(path: str) -> str:

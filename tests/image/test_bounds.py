@@ -34,7 +34,7 @@ from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.diff import changes
 from qcow2snap_core.tables.sharing import picture
 from qcow2snap_core.tables.space import exclusive_sizes
-from qcow2snap_core.util.cache import BoundedCache
+from qcow2snap_core.util.cache import OVERHEAD, BoundedCache
 
 ALLOWED = 64 * MiB
 
@@ -199,6 +199,17 @@ def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch
             part += some
             at = part[-1].offset + part[-1].length
     assert part == whole
+
+
+def test_the_first_extent_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    path = chain(tmp_path, layers=1, clusters=2000)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert next(disk.extents(0, disk.size)) == whole[0]
+        assert image._chain.tables.used < 3 * (512 + OVERHEAD), "more than one L2 table was read"
 
 
 def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:

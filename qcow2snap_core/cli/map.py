@@ -10,8 +10,9 @@ import argparse
 from collections.abc import Iterator
 
 from ..format.choosing import Choice, choose
-from ..image.disk import Disk, confirmed
+from ..image.disk import Disk
 from ..image.extents import Extent, MappedRange, joined
+from ..image.guard import confirmed
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
 from ..tables.sharing import picture

@@ -8,16 +8,15 @@ after the bytes have been read, and before anybody sees them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from time import thread_time_ns
 
 from ..errors import Error, ImageError, StorageError
 from ..format import ondisk as q
 from ..storage.local import Buffer, ensure_open
-from ..typed import TYPE_CHECKING, Final, TypeVar
+from ..typed import TYPE_CHECKING, Final
 from .clusters import Clusters, fill_zeros
 from .extents import ALLOCATED, HOLE_ZERO, Extent, MappedRange, merged
-from .guard import Guard
+from .guard import Guard, confirmed
 from .layers import Layer
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
 # A client that asks to have data prefetched need not get all of it.
 _MOST_PREFETCHED: Final = 32 << 20
 _MOST_PREFETCHED_LOOKUPS: Final = 1 << 15
-# What is confirmed at a time: little at first, for who asks for one extent, and always more, since
-# for a hostile image it may cost a tenth of a second.
-_FIRST_BATCH: Final = 16
-_LARGE_BATCH: Final = 4096
 
 
 class Disk:
@@ -272,34 +267,3 @@ class Disk:
         located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
         located.located = e.located or str(located)
         return located
-
-
-_T = TypeVar("_T")
-
-
-def confirmed(items: Iterator[_T], *disks: Disk) -> Iterator[_T]:
-    """The same items, none of them handed out before all disks were asked if they still exist.
-
-    Those before a damaged table are handed out first, then its error is raised.
-    """
-    size = _FIRST_BATCH
-    files = {disk.tables.storage for disk in disks}
-    while True:
-        damage: Error | None = None
-        batch: list[_T] = []
-        try:
-            batch.extend(islice(items, size))
-        except (ImageError, StorageError) as e:
-            damage = e
-        for disk in disks:
-            disk.confirm()  # if one is gone, that is the reason for anything
-        for item in batch:
-            for file in files:
-                if file.closed:
-                    ensure_open(file)
-            yield item
-        if damage is not None:
-            raise damage
-        if len(batch) < size:
-            return
-        size *= 8 if size < _LARGE_BATCH else 2

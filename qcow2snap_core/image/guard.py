@@ -25,15 +25,19 @@ end of the last one's entry.  One guard for each would read the table as often a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from threading import Lock
 
-from ..errors import ImageError, SnapshotGone, escaped, shown
+from ..errors import Error, ImageError, SnapshotGone, StorageError, escaped, shown
 from ..format import ondisk as q
 from ..format.snapshot_table import Table, TableFingerprint, read_table_once
 from ..format.snapshots import Identity, Snapshot, date
 from ..storage.local import ExpectedBytes, Storage, ensure_open
-from ..typed import Final, Protocol
+from ..typed import TYPE_CHECKING, Final, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from .disk import Disk
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -43,6 +47,10 @@ _PAUSE: Final = 0.005
 # A header that is half old and half new can look whole twice in a row if the writer was
 # interrupted between the halves; so a snapshot is gone only when it is missing for this long.
 _MISSING_FOR: Final = 4  # consistent tables in a row
+# What is confirmed at a time: little at first, for who asks for one extent, and always more, since
+# for a hostile image it may cost a tenth of a second.
+_FIRST_BATCH: Final = 16
+_LARGE_BATCH: Final = 4096
 
 
 #: Is told what the file holds while the snapshot is there, or None when it has to be asked.
@@ -164,3 +172,34 @@ class SnapshotGuard:
         missing = (s for s in self._snapshots if s.identity not in there)
         s = next(missing, self._snapshots[0])
         return f"snapshot {escaped(s.id)} {shown(s.name)} of {date(s)}"
+
+
+_T = TypeVar("_T")
+
+
+def confirmed(items: Iterator[_T], *disks: Disk) -> Iterator[_T]:
+    """The same items, none of them handed out before all disks were asked if they still exist.
+
+    Those before a damaged table are handed out first, then its error is raised.
+    """
+    size = _FIRST_BATCH
+    files = {disk.tables.storage for disk in disks}
+    while True:
+        damage: Error | None = None
+        batch: list[_T] = []
+        try:
+            batch.extend(islice(items, size))
+        except (ImageError, StorageError) as e:
+            damage = e
+        for disk in disks:
+            disk.confirm()  # if one is gone, that is the reason for anything
+        for item in batch:
+            for file in files:
+                if file.closed:
+                    ensure_open(file)
+            yield item
+        if damage is not None:
+            raise damage
+        if len(batch) < size:
+            return
+        size *= 8 if size < _LARGE_BATCH else 2

@@ -17,8 +17,9 @@ from itertools import chain
 from typing import Final
 
 from ..errors import ImageError
-from ..image.disk import Disk, confirmed
+from ..image.disk import Disk
 from ..image.extents import HOLE_ZERO, Extent, MappedRange, merged
+from ..image.guard import confirmed
 from ..image.mapping import COMPRESSED, DATA
 from ..image.tablereader import TableReader
 

@@ -249,7 +249,7 @@ class Mapping:
             if budget is not None:
                 budget.remaining -= _LOAD
             table = self._cache.load(
-                key, lambda: self.tables.l1_entries(first, count), count * q.L1_ENTRY_SIZE
+                key, lambda: self.tables.l1_slice(first, count), count * q.L1_ENTRY_SIZE
             )
         return table, index - first
 

@@ -51,14 +51,22 @@ class TableReader:
         self._data_file = geometry.data_file
 
     def l1_entries(self, first: int, count: int) -> Entries[int]:
-        """L1 entries as they stand; zeros past the table's end, whether or not that is damage."""
+        """L1 entries, to compare; zeros past the table's end, whether or not that is damage."""
         have = max(0, min(count, self.l1_size - first))
-        offset = self._l1_table_offset + first * q.L1_ENTRY_SIZE
-        raw = bytearray(self.storage.read(have * q.L1_ENTRY_SIZE, offset) if have else b"")
-        if len(raw) < have * q.L1_ENTRY_SIZE:
-            raise ImageError(f"the L1 table at host offset {offset:#x} is past the file's end")
+        raw = bytearray(self._l1_raw(first, have) if have else b"")
         raw[::8] = raw[::8].translate(_CLEAR_COPIED)
         return q.integers(raw + bytes((count - have) * q.L1_ENTRY_SIZE))
+
+    def l1_slice(self, first: int, count: int) -> Entries[int]:
+        """L1 entries as they stand, COPIED too; there must be that many."""
+        return q.integers(self._l1_raw(first, count))
+
+    def _l1_raw(self, first: int, count: int) -> bytes:
+        offset = self._l1_table_offset + first * q.L1_ENTRY_SIZE
+        raw = self.storage.read(count * q.L1_ENTRY_SIZE, offset)
+        if len(raw) < count * q.L1_ENTRY_SIZE:
+            raise ImageError(f"the L1 table at host offset {offset:#x} is past the file's end")
+        return raw
 
     def l2_offset(self, index: int, entry: int) -> int:
         """Where the L2 table of L1 entry ``index`` is; 0 if there is none."""

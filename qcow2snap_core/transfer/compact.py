@@ -19,10 +19,12 @@ from typing import Final
 from ..errors import ImageError, StorageError, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot, Table
-from ..image.disk import ALLOCATED, Disk
+from ..image.disk import ALLOCATED, Disk, Extent
 from ..image.image import Image, Options, open_image
 from ..storage.locks import check_quiet
+from ..tables.check import check
 from ..tables.diff import changes
+from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
 from ..util.progress import Advance, progress
 from .chains import check_local, kept_backing, warn_of_encryption
 from .compressors import COMPRESSIONS
@@ -138,8 +140,11 @@ def _check_unchanged(image: Image, table: Table) -> None:
 
 def compare_images(image: Image, written: Image, table: Table, out: str) -> None:
     """Raises StorageError where the states of the two differ, in what is said of them or in a
-    byte."""
+    byte, and where the written one would not stand a write."""
     there = written.table()
+    for finding in check(written):
+        if finding.problem in (OVERLAP, NOT_COUNTED, IN_PLACE):  # a later write would find out
+            raise StorageError(f"{shown(out)} was written wrong: {finding.message}")
     for ours, theirs in zip(table.snapshots, there.snapshots, strict=False):
         if _described(ours) != _described(theirs):
             raise StorageError(f"snapshot {shown(ours.name)} of {shown(out)} was written wrong")

@@ -33,7 +33,7 @@ BACKING_FORMATS: Final = ("raw", "qcow2")
 
 
 class Options(NamedTuple):
-    """How to open an image; see the contract of the plugin's keys."""
+    """How to open an image; the plugin's keys of these names, in nbdkit-qcow2snap-plugin(1)."""
 
     allow_dirs: tuple[str, ...] = ()
     backing_format: str | None = None  # of a backing file whose image records none

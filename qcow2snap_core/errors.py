@@ -36,6 +36,10 @@ class SnapshotGone(ImageError):
     """The snapshot that was served has been deleted; nothing of it can be read any more."""
 
 
+for _kind in (Error, UsageError, ImageError, StorageError, SnapshotGone):
+    _kind.__module__ = "qcow2snap_core"  # where users find them, and what a traceback is to say
+
+
 def shown(text: str | bytes, most: int = MOST_SHOWN) -> str:
     """``text`` in quotes, on one line, whatever it holds and however long it is."""
     return f"'{escaped(text, most)}'"

@@ -118,6 +118,7 @@ class Disk:
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
         for extent in merged(_in_turns(self._disk, offset, end)):
+            self._disk.check_open()
             yield Extent._make(extent)
 
 

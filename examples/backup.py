@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Keep a raw file up to date with an image's snapshots, writing only what changed.
 
 usage: backup.py IMAGE SNAPSHOT BACKUP

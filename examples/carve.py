@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Find the files that were lost between two snapshots, by how files begin.
 
 usage: carve.py IMAGE OLD NEW [DIRECTORY]

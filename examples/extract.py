@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Print a file of the guest's filesystem as a snapshot has it, without mounting anything.
 
 usage: extract.py IMAGE SNAPSHOT /PATH/IN/THE/GUEST >FILE

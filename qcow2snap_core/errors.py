@@ -17,7 +17,7 @@ class Error(Exception):
     """The base of all errors that this package raises on purpose; ``str()`` is one line."""
 
     #: What the lowest layer said, which the ones above repeat: 200 names would fill a log.
-    located: str | None = None
+    _located: str | None = None
 
 
 class UsageError(Error):

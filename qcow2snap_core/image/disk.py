@@ -342,8 +342,8 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
-        found.located = e.located or str(found)
+        found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e._located or e}")
+        found._located = e._located or str(found)
         return found
 
 

@@ -15,9 +15,9 @@ from support import qemu, secret
 from support.qemu import KiB, MiB, as_active, create, delete, io, patch, take
 from support.server import ROOT
 
-import qcow2snap_core
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core._native import loaded
+from qcow2snap_core.image.image import Options, open_image
 
 pytestmark = pytest.mark.skipif(loaded.ENGINE is None, reason=loaded.MISSING or "not wanted")
 
@@ -103,14 +103,14 @@ def requests(seed, count=300, *, align=1):
 def without_engine(monkeypatch, path, **options):
     with monkeypatch.context() as m:
         m.setattr(loaded, "ENGINE", None)
-        return qcow2snap_core.open(str(path), **options)
+        return open_image(str(path), Options(**options))
 
 
 def compare(path, monkeypatch, *, align=1, **options):
     """Every request alike; returns how many of how many the engine answered at the second try."""
     count = 0
     with (
-        qcow2snap_core.open(str(path), **options) as fast,
+        open_image(str(path), Options(**options)) as fast,
         without_engine(monkeypatch, path, **options) as slow,
     ):
         with monkeypatch.context() as m:
@@ -155,7 +155,7 @@ def test_sectors_are_decrypted_as_python_does(tmp_path, monkeypatch, form):
 def image(tmp_path):
     path = plain(tmp_path)
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         yield opened
 
 
@@ -225,7 +225,7 @@ def test_an_entry_that_is_not_sound_is_handed_back(tmp_path, word):
         "compressed": entry | 1 << 62,
     }
     patch(path, l2, bad[word].to_bytes(8, "big"))
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         disk = opened.snapshot("s")
         disk.pread(64 * KiB, MiB)  # loads the slice
         assert disk.reader.read(bytearray(512), MiB)

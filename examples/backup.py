@@ -12,7 +12,7 @@ being written: whatever ends a run, the next one does not take a mixture for a s
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 
 import qcow2snap_core
@@ -35,7 +35,7 @@ def held(image: Image, backup: str) -> Snapshot | None:
     return next((s for s in image.snapshots if label(s) == wanted), None)
 
 
-def write(disk: Disk, extents: Iterator[Extent], fd: int) -> int:
+def write(disk: Disk, extents: Iterable[Extent], fd: int) -> int:
     """Write the extents of the disk; returns how many bytes of data that were."""
     data = 0
     for extent in extents:
@@ -49,10 +49,12 @@ def write(disk: Disk, extents: Iterator[Extent], fd: int) -> int:
 def main(path: str, name: str, backup: str) -> None:
     note = f"{backup}.json"
     with qcow2snap_core.open(path) as image:
-        new = image.open(name)
+        snapshot = image.find(name)
+        new = image.open(snapshot)
         old = held(image, backup)
+        extents: Iterable[Extent]
         if old is None:  # zeros need not be written into an empty file
-            extents = (e for e in new.extents() if not e.is_zero)
+            extents = filter(lambda extent: not extent.is_zero, new.extents())
         else:
             extents = qcow2snap_core.changes(image.open(old), new)
         with suppress(FileNotFoundError):
@@ -65,7 +67,7 @@ def main(path: str, name: str, backup: str) -> None:
         finally:
             os.close(fd)
         with open(note, "w") as file:
-            json.dump(label(new.snapshot), file)
+            json.dump(label(snapshot), file)
     print(f"{data} bytes of data, {'all of it' if old is None else f'since {old.name}'}")
 
 

@@ -68,16 +68,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            from importlib import import_module
+if not TYPE_CHECKING:  # to which a misspelt name would then be an object
 
-            value = getattr(import_module(f".{home}", __name__), name)
-            value.__module__ = __name__  # where users find it: in tracebacks, pickles and help()
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        for home, names in _HOMES.items():
+            if name in names:
+                from importlib import import_module
+
+                found = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

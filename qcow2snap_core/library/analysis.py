@@ -12,13 +12,17 @@ from ..tables.findings import Finding
 from . import arguments
 from .disk import Disk, Extent
 from .image import Image
+from .names import public
 from .snapshot import Snapshot
 
 __all__ = ["Finding", "changes", "check", "exclusive_sizes"]
 
+public(Finding)
+
 _ATTEMPTS = 5
 
 
+@public
 def changes(old: Disk, new: Disk) -> Iterator[Extent]:
     """The ranges of ``new`` that may differ from ``old``, in order and merged: what a backup made
     at ``old`` has to write to become ``new``.  Zeros are what is zero now.
@@ -41,6 +45,7 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
     return map(Extent._make, diff.changes(old._disk, new._disk))
 
 
+@public
 def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
     """Each snapshot and the bytes that deleting it alone would free, its tables included; None
     where damage leaves it open.
@@ -66,6 +71,7 @@ def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
     raise AssertionError
 
 
+@public
 def check(
     image: Image,
     snapshot: Snapshot | str | None = None,

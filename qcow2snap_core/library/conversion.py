@@ -14,6 +14,7 @@ from . import arguments
 from .analysis import comparable
 from .disk import Disk
 from .image import Image
+from .names import public
 
 _BASES: Final = {
     "recorded": Base.RECORDED,
@@ -22,6 +23,7 @@ _BASES: Final = {
 }
 
 
+@public
 class Copied(NamedTuple):
     """How much :func:`copy` wrote."""
 
@@ -29,6 +31,7 @@ class Copied(NamedTuple):
     zeros: int  #: bytes, as holes where the target can have them
 
 
+@public
 def copy(
     new: Disk,
     target: str | os.PathLike[str],
@@ -73,6 +76,7 @@ def copy(
     return Copied(done.amount.data, done.amount.zeros)
 
 
+@public
 def split(
     image: Image,
     directory: str | os.PathLike[str],
@@ -101,6 +105,7 @@ def split(
     return [os.path.join(where, name) for name in names]
 
 
+@public
 def join(
     top: Image,
     target: str | os.PathLike[str],

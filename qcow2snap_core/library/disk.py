@@ -12,12 +12,14 @@ from ..image.image import Image as InnerImage
 from ..storage.local import Buffer
 from ..typed import NamedTuple
 from . import arguments
+from .names import public
 from .snapshot import Snapshot
 
 _HOLE = 1  # NBD_STATE_HOLE
 _ZERO = 2  # NBD_STATE_ZERO
 
 
+@public
 class Extent(NamedTuple):
     """A range of one type; a tuple of three."""
 
@@ -37,6 +39,7 @@ class Extent(NamedTuple):
         return bool(self.type & _ZERO)
 
 
+@public
 class Disk:
     """What :meth:`.Image.open` and :meth:`.Image.active` return: bytes and extents, read-only.
 

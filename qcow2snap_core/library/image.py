@@ -13,11 +13,13 @@ from ..image.image import Image as InnerImage
 from ..storage.locks import Quiet
 from . import arguments
 from .disk import Disk
+from .names import public
 from .snapshot import Snapshot
 
 _DEFAULTS = Options()
 
 
+@public
 def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     path: str | os.PathLike[str],
     *,
@@ -59,6 +61,7 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     return Image(open_image(arguments.path("path", path), options))
 
 
+@public
 class Image:
     """An open qcow2 file, by :func:`open`.  A context manager; any number of threads may use it."""
 

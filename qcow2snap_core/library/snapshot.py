@@ -6,8 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 from ..errors import escaped, shown
 from ..format.snapshots import Snapshot as Entry
+from .names import public
 
 
+@public
 class Snapshot:
     """An internal snapshot, of :attr:`.Image.snapshots` or :meth:`.Image.find`.
 

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def test_a_chain_and_back(path: Path, image: Image, tmp_path: Path) -> None:
         assert qcow2snap_core.join(top, joined) == ["one", "two", "active"]
     assert [s["name"] for s in qemu.info(joined)["snapshots"]] == ["one", "two", "active"]
     assert qemu.content(joined) == qemu.content(path)
+
+
+def test_threads_may_write_at_once(image: Image, tmp_path: Path) -> None:
+    """Each starts servers of its own."""
+
+    def write(number: int) -> bool:
+        chain = qcow2snap_core.split(image, tmp_path / f"chain{number}")
+        with qcow2snap_core.open(chain[-1]) as top:
+            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(write, range(4)))  # what was written has been compared
 
 
 def test_join_warns_of_what_is_left_out(image: Image, tmp_path: Path) -> None:

@@ -147,8 +147,9 @@ def test_sectors_are_decrypted_as_python_does(tmp_path, monkeypatch, form):
     for at in range(0, SIZE, 256 * KiB):
         secret.io(path, (SECRET,), f"write -P {1 + at // KiB % 251} {at} 100k")
     secret.take(path, (SECRET,), "s")
-    assert compare(path, monkeypatch, align=512, passphrase=SECRET) == 300
-    assert compare(path, monkeypatch, passphrase=SECRET) < 300  # odd offsets are Python's
+    secrets = {0: SECRET.encode()}
+    assert compare(path, monkeypatch, align=512, passphrases=secrets) == 300
+    assert compare(path, monkeypatch, passphrases=secrets) < 300  # odd offsets are Python's
 
 
 @pytest.fixture

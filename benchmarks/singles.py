@@ -117,7 +117,7 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 _GUARD = """
 import random, sys, time
 sys.path.insert(0, sys.argv[1])
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 with open_image(sys.argv[2]) as image:
     disks = image.snapshot(sys.argv[3]), image.active_disk()
     offsets = [random.randrange(disks[0].size >> 12) << 12 for _ in range(2000)]

@@ -6,8 +6,8 @@ import io
 from collections.abc import Iterator
 
 from ..image.disk import Disk as InnerDisk
-from ..image.disk import Extent as InnerExtent
-from ..image.disk import merged
+from ..image.extents import Extent as InnerExtent
+from ..image.extents import merged
 from ..image.image import Image as InnerImage
 from ..storage.local import Buffer
 from ..typed import NamedTuple
@@ -104,7 +104,7 @@ class Disk:
         if length is None:
             length = max(0, self.size - arguments.integer("offset", offset, None))
         arguments.within(self.size, length, offset)
-        self._disk.check_open()
+        self._disk.ensure_open()
         return self._extents(offset, offset + length)
 
     def raw(self) -> io.RawIOBase:
@@ -121,7 +121,7 @@ class Disk:
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
         for extent in merged(_in_turns(self._disk, offset, end)):
-            self._disk.check_open()
+            self._disk.ensure_open()
             yield Extent._make(extent)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from ..errors import shown
-from ..format.snapshots import Choice, choose
-from ..image.image import BACKING_FORMATS, Options, open_image
+from ..format.choosing import Choice, choose
 from ..image.image import Image as InnerImage
-from ..storage.locks import Quiet
+from ..image.opener import BACKING_FORMATS, Options, open_image
+from ..storage.locks import LockGuard
 from . import arguments
 from .disk import Disk
 from .names import public
@@ -120,7 +120,7 @@ class Image:
         It can be read while nobody writes to it: as long as a QEMU has the image open for writing,
         this and each read of the disk raise UsageError.  Raises ImageError when it is damaged.
         """
-        return Disk(self._image, self._image.active_disk(Quiet(self._image.files)), None)
+        return Disk(self._image, self._image.active_disk(LockGuard(self._image.files)), None)
 
     def close(self) -> None:
         """Close all files.  Whatever is asked of the image or of its disks from now on raises

@@ -17,7 +17,7 @@ from support.server import block_status, serve
 from support.tables import Entry, write_table
 
 from qcow2snap_core.errors import ImageError
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.diff import changes
 
 L1_SIZE, HEADER_L1_SIZE, DISK_SIZE = 8, 36, 48  # in an entry, the header, an entry

@@ -14,7 +14,7 @@ from support.tables import Entry
 
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core.format import ondisk as q
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 
 # What the served snapshot holds, 64 KiB each.
 DATA, COMPRESSED, ZERO, HOLE = 0, 64 * KiB, 128 * KiB, 192 * KiB
@@ -58,7 +58,7 @@ def assert_gone(disk):
         with pytest.raises(SnapshotGone):
             next(disk.extents(offset, 512))
     with pytest.raises(SnapshotGone):
-        disk.check()
+        disk.confirm()
 
 
 @pytest.mark.parametrize("cached", [False, True])

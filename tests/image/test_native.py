@@ -17,7 +17,7 @@ from support.server import ROOT
 
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core._native import loaded
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 
 pytestmark = pytest.mark.skipif(loaded.ENGINE is None, reason=loaded.MISSING or "not wanted")
 

@@ -12,7 +12,7 @@ import pytest
 from support.qemu import KiB, MiB, RandomImage, content, create, delete, patch, take
 
 from qcow2snap_core import ImageError, SnapshotGone
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 
 SIZE = 2 * MiB + 512
 

@@ -12,7 +12,7 @@ from support.devices import attached, loop_device, opened
 from support.qemu import KiB, create, run
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.storage.policy import Policy, _lies_in
 
 

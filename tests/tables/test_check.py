@@ -15,7 +15,7 @@ from support.refcounts import set_refcount
 from support.tables import Entry, write_table
 
 from qcow2snap_core.format.refcounts import Uses
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.findings import (
     BAD_ENTRY,

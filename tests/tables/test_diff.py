@@ -16,8 +16,9 @@ from support import damage, qemu
 from support.qemu import GiB, KiB, MiB, RandomImage
 
 from qcow2snap_core.errors import ImageError, SnapshotGone
-from qcow2snap_core.image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.diff import changes
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,8 @@ from support import damage, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import allocated
 
-from qcow2snap_core.image.image import Image, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.space import exclusive_sizes
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -264,6 +264,6 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
-        located.located = e.located or str(located)
+        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e._located or e}")
+        located._located = e._located or str(located)
         return located

@@ -19,7 +19,7 @@ if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
 
 from qcow2snap_core import __version__  # noqa: E402
 from qcow2snap_core._native.loaded import ENGINE, MISSING  # noqa: E402
-from qcow2snap_core.decode import codecs, encryption  # noqa: E402
+from qcow2snap_core.decode import codecs  # noqa: E402
 from qcow2snap_core.errors import UsageError, shown  # noqa: E402
 from qcow2snap_core.format.choosing import choose  # noqa: E402
 from qcow2snap_core.format.snapshots import Snapshot  # noqa: E402
@@ -85,6 +85,8 @@ _preloading.daemon = True
 
 
 def dump_plugin():
+    from qcow2snap_core.decode import encryption
+
     print(f"qcow2snap_version={__version__}")
     print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
     for codec, there in {**codecs.available(), "luks": encryption.available()}.items():

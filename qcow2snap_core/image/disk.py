@@ -17,13 +17,13 @@ from ..typed import TYPE_CHECKING, Final
 from .clusters import Clusters, fill_zeros
 from .extents import ALLOCATED, HOLE_ZERO, Extent, MappedRange, merged
 from .guard import Guard, confirmed
-from .layers import Layer
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
 from .tablereader import TableReader
 
 if TYPE_CHECKING:
     from ..format.snapshots import Identity
+    from .layers import Layer
     from .raw import RawDisk
 
 # A client that asks to have data prefetched need not get all of it.

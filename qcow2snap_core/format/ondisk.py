@@ -19,7 +19,7 @@ class Layout:
     """A structure: its fields in their order, big-endian and without gaps.
 
     This and not a construct.Struct for what is read at every start of a server: to import construct
-    takes longer than all of the rest.  tests/test_ondisk.py holds both to the same fields.
+    takes longer than all of the rest.  tests/format/test_ondisk.py holds both to the same fields.
     """
 
     def __init__(self, **codes: str) -> None:
@@ -181,8 +181,8 @@ MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
 
 def integers(raw: bytes | bytearray, kind: str = "Q") -> array[int]:
     """The numbers of a table, as an array of that type; a last one that is cut short is dropped."""
-    found = array(kind)
-    found.frombytes(memoryview(raw)[: len(raw) // found.itemsize * found.itemsize])
+    numbers = array(kind)
+    numbers.frombytes(memoryview(raw)[: len(raw) // numbers.itemsize * numbers.itemsize])
     if sys.byteorder == "little":
-        found.byteswap()
-    return found
+        numbers.byteswap()
+    return numbers

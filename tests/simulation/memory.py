@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from qcow2snap_core.format.snapshots import Identity
-from qcow2snap_core.storage.local import Pieces
+from qcow2snap_core.storage.local import ExpectedBytes
 
 from .writes import Write, start_of_entry
 
@@ -198,8 +198,8 @@ class Memory:
         memoryview(buffer)[: len(data)] = data
         return len(data)
 
-    def holds(self, pieces: Pieces) -> bool:
-        return all(self.read(len(content), offset) == content for content, offset in pieces)
+    def holds(self, expected: ExpectedBytes) -> bool:
+        return all(self.read(len(content), offset) == content for content, offset in expected)
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         yield offset, length, False

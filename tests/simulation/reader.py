@@ -13,10 +13,11 @@ from typing import Final, NamedTuple
 from unittest.mock import patch
 
 from qcow2snap_core.errors import Error, SnapshotGone
-from qcow2snap_core.format import snapshots
+from qcow2snap_core.format import snapshot_table
 from qcow2snap_core.format.snapshots import Identity, Snapshot
-from qcow2snap_core.image import guard, image
-from qcow2snap_core.image.disk import HOLE_ZERO, Disk
+from qcow2snap_core.image import guard, opener
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import HOLE_ZERO
 
 from .memory import AtRandom, Memory, Script
 from .writes import CLUSTER, GUEST, NAMES, SIZE, Command, Qemu, Write, do, some
@@ -39,9 +40,9 @@ def installed(memory: Memory) -> Iterator[None]:
     """The image opens as a file, and a pause of ours is one in which QEMU goes on."""
     clock = SimpleNamespace(**vars(time) | {"sleep": memory.sleep, "thread_time": lambda: 0.0})
     with ExitStack() as stack:
-        for module in (guard, snapshots):
+        for module in (guard, snapshot_table):
             stack.enter_context(patch.object(module, "time", clock))
-        stack.enter_context(patch.object(image, "open_storage", lambda *_: memory))
+        stack.enter_context(patch.object(opener, "open_storage", lambda *_: memory))
         yield
 
 
@@ -50,7 +51,7 @@ class Reader:
 
     def __init__(self, memory: Memory, known: dict, rng: random.Random) -> None:
         self._memory, self._known, self._rng = memory, known, rng
-        self._image = image.open_image("disk.qcow2")
+        self._image = opener.open_image("disk.qcow2")
         self._disks: list[tuple[Identity, Disk]] = []
 
     def open(self, named: str | None = None) -> None:

@@ -14,6 +14,7 @@ from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..image.image import BACKING_FORMATS, Image, Options, open_image
 from ..storage.locks import Quiet
 from ..util.passphrase import read_passphrase
+from ..util.wording import COMMAND, passphrase_key
 
 ACTIVE: Final = "@active"
 
@@ -70,8 +71,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
     for name, value in vars(args).items():
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
-            key = f"--passphrase.{layer}" if layer else "--passphrase"
-            passphrases[layer] = read_passphrase(key, value)
+            passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -79,6 +79,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        words=COMMAND,
     )
     return open_image(args.file, options)
 

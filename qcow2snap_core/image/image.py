@@ -19,11 +19,12 @@ from ..errors import ImageError, UsageError, escaped, shown
 from ..format import ondisk as q
 from ..format.header import Header, read_header
 from ..format.snapshots import Choice, Identity, Snapshot, Table, choose, read_table
-from ..storage.libnbd import is_uri
+from ..storage.libnbd import is_uri, refuse_url
 from ..storage.local import Storage, check_open, open_storage
 from ..storage.policy import Policy
 from ..typed import Final, NamedTuple
 from ..util.cache import OVERHEAD, BoundedCache
+from ..util.wording import LIBRARY, Wording
 from .clusters import ClusterCache, Clusters, EncryptedClusters
 from .disk import Disk, Layer, RawLayer
 from .guard import Guard, SnapshotGuard, Unguarded
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
     allow_files: tuple[str, ...] = ()
+    words: Wording = LIBRARY  # of whoever opens it, for error lines
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -53,7 +55,7 @@ class _Shared:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.policy = Policy(options.allow_dirs, options.allow_files)
+        self.policy = Policy(options.allow_dirs, options.allow_files, options.words)
         self.tables: TableCache = BoundedCache(options.l2_cache_size, OVERHEAD)
         self.clusters: ClusterCache = BoundedCache(options.cluster_cache_size, OVERHEAD)
         self.tokens = count()
@@ -254,7 +256,7 @@ class Image:
             self.storage,
             header,
             passphrases.get(layer, passphrases.get(0)),
-            f"passphrase.{layer}" if layer else "passphrase",
+            shared.options.words.passphrase(layer),
         )
         parts = self.storage, data, header.cluster_bits, self._codec(), shared.clusters
         if encryption is None:
@@ -279,9 +281,10 @@ class Image:
         recorded = self.header.backing_format
         form = options.backing_format if recorded is None else recorded
         if form is None:
+            raw, qcow2 = (options.words.given("backing-format", f) for f in BACKING_FORMATS)
             raise UsageError(
                 f"{shown(self.path)} does not record the format of its backing file {shown(name)}: "
-                f"add backing-format=raw or backing-format=qcow2"
+                f"add {raw} or {qcow2}"
             )
         if form not in BACKING_FORMATS:
             raise UsageError(
@@ -320,6 +323,7 @@ def _open_file(path: str) -> Storage:
         from ..storage.remote import RemoteFile
 
         return RemoteFile(path)
+    refuse_url(path)
     return open_storage(path)
 
 

@@ -13,10 +13,9 @@ from ..format.snapshots import Snapshot, Table
 from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
 from ..image.image import BACKING_FORMATS, Image, Options, open_image
 from ..storage.locks import Quiet
+from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
 from ..util.wording import COMMAND, passphrase_key
-
-ACTIVE: Final = "@active"
 
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
@@ -126,14 +125,3 @@ def map_line(extent: Extent) -> str:
     """A line of ``nbdinfo --map``."""
     offset, length, kind = extent
     return f"{offset:10}  {length:10}  {kind:3}  {WORDS[kind]}"
-
-
-def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Rows in aligned columns, the first being the titles; ``right`` are columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())

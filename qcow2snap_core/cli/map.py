@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from ..format.snapshots import Choice, choose
+from ..format.snapshots import Choice, choose, summary
 from ..image.disk import Disk, Extent, Piece, checked
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
+from ..tables.findings import ACTIVE
 from ..tables.sharing import picture
 from .common import (
-    ACTIVE,
     WORDS,
     add_image_options,
     disk_named,
@@ -24,7 +24,7 @@ from .common import (
     open_from,
     print_json,
 )
-from .strips import svg
+from .drawing import svg
 
 HELP = "a snapshot's extents, and where in the file they are"
 EXAMPLE = "qcow2snap map disk.qcow2 nightly"
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
             _print_svg(image, args.snapshot)
         return 0
     if args.snapshot is None:
-        args.usage_error("the following arguments are required: SNAPSHOT")
+        with open_from(args, data=False, layers=False) as image:
+            there = summary(image.table().snapshots)
+        args.usage_error(f"name a SNAPSHOT, or {ACTIVE} for the active disk: {there}")
     with open_from(args, data=False) as image:
         pieces = _merged(disk_named(image, str(args.snapshot)))
         if args.json:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from ..errors import ImageError
 from ..format.bitmaps import areas
-from ..format.refcounts import Refcounts, Uses, past_end
+from ..format.refcounts import Refcounts, past_end
 from ..image.image import Image
 from .findings import BAD_TABLE, OVERLAP, Findings, Owner, union
+from .tally import Uses
 
 
 class Claim(NamedTuple):

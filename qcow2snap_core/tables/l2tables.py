@@ -13,11 +13,11 @@ from operator import or_
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from ..format.refcounts import Uses
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
 from .claims import Claims
 from .findings import BAD_ENTRY, BAD_TABLE, Findings, Owner, union
+from .tally import Uses
 
 
 class Tables:

@@ -9,7 +9,6 @@ number of cells bounds the work.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import Flag, auto
@@ -22,7 +21,7 @@ from ..image.disk import Disk
 from ..image.guard import Guard
 from ..image.image import Image
 from ..image.mapping import Mapping, Slice
-from .space import STRIDE, sorted_out, strides
+from .compare import STRIDE, differing, streams_and_offsets
 
 _L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables of one cell; an entry takes 100 bytes
@@ -147,23 +146,17 @@ def _behind(
             with suppress(ImageError):
                 parts[table] = mapping.l2_part(table, first, count)
         for at in range(0, count, per_cell):
-            pieces = [part[at : at + per_cell] for part in parts.values()]
-            stored = dict(zip(parts, _stored(pieces), strict=True))
+            ranges = [part[at : at + per_cell] for part in parts.values()]
+            stored = dict(zip(parts, _stored(ranges), strict=True))
             sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
             yield (first + at) // per_cell, _compared(sets)
 
 
 def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
     """What each part of a table leads to; all that is common to all parts may be one entry."""
-    common = False
-    kept: list[Slice[int]] = [array("Q") for _ in parts]
-    for pieces, alike in strides(parts):
-        if alike:
-            common = common or any(sorted_out(pieces[0]))
-        else:
-            for part, piece in zip(kept, pieces, strict=True):
-                part.extend(piece)
-    return [{*({_COMMON} if common else ())}.union(*sorted_out(part)) for part in kept]
+    kept, common = differing(parts)
+    shared = {_COMMON} if any(any(streams_and_offsets(part)) for part in common) else set()
+    return [shared.union(*streams_and_offsets(part)) for part in kept]
 
 
 def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:

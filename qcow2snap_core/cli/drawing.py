@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
 from typing import Final, NamedTuple
 
 from ..errors import escaped
+from ..tables.findings import ACTIVE
 from ..tables.sharing import Holds, Picture, Strip
 from ..util.units import binary
-from .common import ACTIVE
+from .text import can_print
 
 
 class _Look(NamedTuple):
@@ -46,7 +46,7 @@ def _look(holds: Holds) -> _Look:
 
 def text(found: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines: of each row its columns and its strip, and what the characters mean."""
-    encodable = _can_print("".join(look.line for look in _LOOKS))
+    encodable = can_print("".join(look.line for look in _LOOKS))
     used = set()
     for row, strip in zip(rows, found.strips, strict=True):
         looks = [_look(holds) for holds in strip.cells]
@@ -56,14 +56,6 @@ def text(found: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     signs = [look for look in _LOOKS if look in used]
     yield f"each character is {binary(found.cell)}:"
     yield "  ".join(f"{x.line if encodable else x.ascii} {x.meaning}" for x in signs)
-
-
-def _can_print(characters: str) -> bool:
-    try:
-        characters.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 _HEIGHT: Final = 18

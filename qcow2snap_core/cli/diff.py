@@ -28,12 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with open_from(args, data=False) as image:
         old, new = disk_named(image, args.old), disk_named(image, args.new)
-        found = changes(old, new)
+        extents = changes(old, new)
         if args.json:
-            print_json(extent._asdict() for extent in found)
+            print_json(extent._asdict() for extent in extents)
         else:
             sizes: Counter[int] = Counter()
-            for extent in found:
+            for extent in extents:
                 print(map_line(extent))
                 sizes[extent.type] += extent.length
             if sys.stdout.isatty():

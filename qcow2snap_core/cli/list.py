@@ -140,8 +140,8 @@ def _print_freed(image: Image, words: Sequence[str], json: bool) -> Table:
 
     table, (chosen, freed) = of_all(image, ask)
     if json:
-        found: dict[str, Any] = {"snapshots": [s.id for s in chosen]}
-        print_json([found | _sizes("freed", freed)])
+        named: dict[str, Any] = {"snapshots": [s.id for s in chosen]}
+        print_json([named | _sizes("freed", freed)])
         return table
     if freed is None:
         raise ImageError(f"{shown(image.path)} is damaged: qcow2snap check tells what is wrong")
@@ -157,7 +157,7 @@ def _named(table: Table, words: Sequence[str], path: str) -> list[Snapshot]:
 
     Raises UsageError.
     """
-    found: dict[int, Snapshot] = {}
+    chosen_ids: dict[int, Snapshot] = {}
     for word in words:
         try:
             chosen = [choose(table, Choice(word), path)]
@@ -165,8 +165,8 @@ def _named(table: Table, words: Sequence[str], path: str) -> list[Snapshot]:
             if "," not in word:
                 raise
             chosen = [choose(table, Choice(part), path) for part in word.split(",") if part]
-        found.update((id(s), s) for s in chosen)
-    return [s for s in table.snapshots if id(s) in found]
+        chosen_ids.update((id(s), s) for s in chosen)
+    return [s for s in table.snapshots if id(s) in chosen_ids]
 
 
 def _sizes(what: str, freed: Freed | None) -> dict[str, int | None]:
@@ -178,7 +178,7 @@ def _sizes(what: str, freed: Freed | None) -> dict[str, int | None]:
 
 
 def _object(s: Snapshot, exclusive: Freed | None, export: str | None) -> dict[str, Any]:
-    found = {
+    fields = {
         "id": s.id,
         "name": s.name,
         "vm-state-size": s.vm_state_size,
@@ -192,8 +192,8 @@ def _object(s: Snapshot, exclusive: Freed | None, export: str | None) -> dict[st
         "export": export,
     }
     if s.icount is None:
-        del found["icount"]
-    return found
+        del fields["icount"]
+    return fields
 
 
 def _row(s: Snapshot, exclusive: Freed | None) -> tuple[str, ...]:

@@ -65,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_svg(image: Image, name: str | None) -> None:
-    table, found = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
+    table, drawn = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
     if name is not None:
         chosen = None
         if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in table.snapshots):
             chosen = choose(table, Choice(name), image.path).identity
-        found = found._replace(
-            strips=[s for s in found.strips if (s.snapshot and s.snapshot.identity) == chosen]
+        drawn = drawn._replace(
+            strips=[s for s in drawn.strips if (s.snapshot and s.snapshot.identity) == chosen]
         )
-    for line in svg(found, image.path):
+    for line in svg(drawn, image.path):
         print(line.encode("ascii", "xmlcharrefreplace").decode())
 
 
@@ -102,6 +102,6 @@ def _merged(disk: Disk) -> Iterator[Piece]:
 
 
 def _object(piece: Piece) -> dict[str, object]:
-    found: dict[str, object] = {**piece._asdict(), "description": WORDS[piece.type]}
-    host = found.pop("host")
-    return found if host is None else {**found, "host": host}
+    fields: dict[str, object] = {**piece._asdict(), "description": WORDS[piece.type]}
+    host = fields.pop("host")
+    return fields if host is None else {**fields, "host": host}

@@ -33,10 +33,10 @@ class Parser(argparse.ArgumentParser):
             if layer and "--passphrase" in known and f"--{layer[1]}" not in known:
                 dest = layer[1].replace(".", "_")
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
-        found, extra = super().parse_known_args(args, namespace)
+        parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
-        return found, extra
+        return parsed, extra
 
     def _refuse(self, extra: Sequence[str]) -> NoReturn:
         options = [word.partition("=")[0] for word in extra if word.startswith("-")]

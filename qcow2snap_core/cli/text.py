@@ -42,7 +42,7 @@ def fitted(
 ) -> list[list[str]]:
     """The rows with what stands in the columns ``names`` cut so that the columns ``shown`` fit the
     width; the first of ``names`` is cut first."""
-    found = [list(row) for row in rows]
+    cells = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     excess = sum(widths[i] for i in shown) + 2 * (len(shown) - 1) - width
     for name in names:
@@ -50,9 +50,9 @@ def fitted(
             break
         room = max(min(widths[name], _SHORTEST), widths[name] - excess)
         excess -= widths[name] - room
-        for row in found[1:]:
+        for row in cells[1:]:
             row[name] = cut(row[name], room)
-    return found
+    return cells
 
 
 def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

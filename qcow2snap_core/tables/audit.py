@@ -37,13 +37,13 @@ class RefcountAudit:
 
     def _used_by(self, owner: Owner) -> Uses:
         """What an owner needs, the metadata that is nobody's own as well."""
-        found = Uses()
+        needed = Uses()
         for cluster, claim in self._claims.clusters.items():
             if not claim.owners or self._findings.concern(claim.owners):
-                found.add(cluster, 1)
+                needed.add(cluster, 1)
         for clusters, _ in self._tables.led_to(owner):
-            found.add_all(clusters, 1)
-        return found
+            needed.add_all(clusters, 1)
+        return needed
 
     def compare(self, refcounts: Refcounts) -> None:
         """Report what is in use more often than it is counted, and how much less often."""

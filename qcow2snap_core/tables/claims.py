@@ -82,7 +82,7 @@ class Claims:
         if area is not None:
             self.claim("the LUKS header", *area)
         try:
-            for found in areas(self._image.storage, self._image.header):
-                self.claim(*found)
+            for part in areas(self._image.storage, self._image.header):
+                self.claim(*part)
         except ImageError as e:
             self._findings.add(BAD_TABLE, str(e))

@@ -83,12 +83,14 @@ class Tables:
     def users(self, clusters: Collection[int]) -> dict[int, Sequence[Owner]]:
         """Whose tables or data lie in each of these clusters."""
         claimed = self._claims.clusters
-        found = {cluster: [claimed[cluster].owners] for cluster in clusters if cluster in claimed}
+        lists_of = {
+            cluster: [claimed[cluster].owners] for cluster in clusters if cluster in claimed
+        }
         for there, owners in self.led_to() if clusters else ():
             for cluster in set(there):
                 if cluster in clusters:
-                    found.setdefault(cluster, []).append(owners)
-        return {cluster: union(*lists) for cluster, lists in found.items()}
+                    lists_of.setdefault(cluster, []).append(owners)
+        return {cluster: union(*lists) for cluster, lists in lists_of.items()}
 
     def of_last(self, owner: Owner) -> Iterator[tuple[int, int]]:
         """(L1 index, host offset) of the tables of the owner who was added last."""
@@ -156,6 +158,6 @@ class Tables:
                 yield offset >> bits
 
 
-def _exhaust(found: Iterator[object]) -> None:
-    for _ in found:
+def _exhaust(runs: Iterator[object]) -> None:
+    for _ in runs:
         pass

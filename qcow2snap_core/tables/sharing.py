@@ -70,8 +70,8 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         [Holds.NOTHING] * -(-disk.size // cell) if disk else [Holds.UNKNOWN] * count
         for disk in disks
     ]
-    for at, found in _cells(disks, cell, count):
-        for own, holds in zip(cells, found, strict=True):
+    for at, held in _cells(disks, cell, count):
+        for own, holds in zip(cells, held, strict=True):
             if at < len(own):
                 own[at] |= holds
     for own, disk in zip(cells, disks, strict=True):
@@ -107,22 +107,22 @@ def _cells(
         parts = [_tables(disk, first, min(step, entries - first)) for disk in disks]
         for index, tables in enumerate(zip(*parts, strict=True), first):
             if any(tables):
-                for at, found in _behind(known, tables, cell, count * cell - index * span):
-                    yield index * span // cell + at, found
+                for at, held in _behind(known, tables, cell, count * cell - index * span):
+                    yield index * span // cell + at, held
 
 
 def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
     """The host offsets of L2 tables, 0 where there is none, None where that is unknown."""
     if disk is not None:
         with suppress(ImageError):
-            found: list[int | None] = [
+            tables: list[int | None] = [
                 e & q.OFFSET_MASK for e in disk.mapping.l1_entries(first, count)
             ]
             span = disk.mapping.bytes_per_l1_entry
             lost = range(-(-disk.reach // span), -(-disk.size // span))
             for index in range(max(first, lost.start), min(first + count, lost.stop)):
-                found[index - first] = None
-            return found
+                tables[index - first] = None
+            return tables
     return [None] * count
 
 
@@ -162,19 +162,19 @@ def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
 def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
     """What each owner has, from the oldest on; None if that is unknown."""
     own = Holds.UNKNOWN if None in owners else Holds.OWN
-    found = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
+    held = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
     fresh: list[_Entries] = []
     met: _Entries = set()
     for k, entries in enumerate(owners):
         fresh.append((entries or set()) - met)
         if entries and not entries.isdisjoint(met):
-            found[k] |= Holds.OLDER
+            held[k] |= Holds.OLDER
         met |= entries or set()
     met = set()
     for k, entries in reversed(list(enumerate(owners))):
         if fresh[k] - met:
-            found[k] |= own
+            held[k] |= own
         if entries and not entries.isdisjoint(met):
-            found[k] |= Holds.NEWER
+            held[k] |= Holds.NEWER
         met |= entries or set()
-    return found
+    return held

@@ -89,14 +89,14 @@ def _freed(
         _table_clusters(snapshots, sets, cluster),
         strict=True,
     )
-    found = [
+    answers = [
         None
         if k in space.unknown
         else Freed((space.own[2 * k] + l1 + table) * cluster, space.own[2 * k + 1] * cluster)
         for k, (l1, table) in enumerate(tables)
     ]
     guard.check()
-    return found
+    return answers
 
 
 # {host offset of an L2 table: its account}, of one guest range.  Each set has two: 2 * k for the
@@ -175,14 +175,14 @@ class _Space:
         for account in tables.values():
             if account != SHARED:
                 self.own[account] += 1
-        for found in self._parts(tables):
+        for clusters in self._parts(tables):
             many: set[int] = set()
             once: set[int] = set()
-            for offsets in found.values():
+            for offsets in clusters.values():
                 if not once.isdisjoint(offsets):
                     many |= once & offsets
                 once |= offsets
-            for account, offsets in found.items():
+            for account, offsets in clusters.items():
                 if account != SHARED:
                     self.own[account] += len(offsets - many if many else offsets)
 
@@ -197,13 +197,13 @@ class _Space:
             parts = [self._any.l2_part(table, first, n) for table in tables]
             if not one_set:  # else what all have in common is what is asked for
                 parts, _ = differing(parts)
-            found: dict[int, set[int]] = {}
+            clusters: dict[int, set[int]] = {}
             for part, account in zip(parts, tables.values(), strict=True):
                 streams, offsets = streams_and_offsets(part)
                 self._compressed |= bool(streams) and 0 <= account < self._asked
                 if not self._image.header.has_data_file:
-                    found[account] = found[account] | offsets if account in found else offsets
-            yield found
+                    clusters.setdefault(account, set()).update(offsets)
+            yield clusters
 
     def _count_streams(self) -> None:
         """Count the clusters of the file in which one set alone has compressed clusters; there

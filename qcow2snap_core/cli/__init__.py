@@ -29,6 +29,7 @@ COMMANDS = (
     "check",
     "take",
     "copy",
+    "compact",
     "split",
     "join",
     "mount",
@@ -37,7 +38,7 @@ COMMANDS = (
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "split", "join", "mount", "serve", "help")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections import Counter
 
-from ..image.disk import ALLOCATED, HOLE_ZERO
+from ..image.extents import ALLOCATED, HOLE_ZERO
 from ..tables.diff import changes
 from ..util.units import binary
 from .common import add_image_options, disk_named, map_line, open_from, print_json

@@ -15,8 +15,10 @@ from functools import partial
 from typing import Any, Final
 
 from ..errors import ImageError, UsageError, escaped, shown
+from ..format.choosing import Choice, choose
 from ..format.entries import oddities
-from ..format.snapshots import Choice, Snapshot, Table, choose, date
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot, date
 from ..image.image import Image
 from ..serve.exports import exports_of
 from ..tables.findings import ACTIVE

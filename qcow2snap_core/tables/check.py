@@ -38,7 +38,7 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
     walk = _Walk(image, chosen)
     with suppress(TooManyError):
         walk.all()
-    walk.guard.check()
+    walk.guard.confirm()
     return walk.findings.all
 
 

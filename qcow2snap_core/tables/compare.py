@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from typing import Final
 
 from ..format import ondisk as q
-from ..image.mapping import Slice
+from ..image.tablereader import Entries
 
 STRIDE: Final = 64  # entries compared at a time
 
 
-def differing(parts: Sequence[Slice[int]]) -> tuple[list[Slice[int]], list[Slice[int]]]:
+def differing(parts: Sequence[Entries[int]]) -> tuple[list[Entries[int]], list[Entries[int]]]:
     """The same parts of several tables without most of what all have in common, and that; of one
     table alone nothing is dropped."""
     if len(parts) == 1:
         return list(parts), []
-    kept: list[Slice[int]] = [array("Q") for _ in parts]
-    common: list[Slice[int]] = []
+    kept: list[Entries[int]] = [array("Q") for _ in parts]
+    common: list[Entries[int]] = []
     for at in range(0, len(parts[0]) if parts else 0, STRIDE):
         strides = [part[at : at + STRIDE] for part in parts]
         if strides.count(strides[0]) == len(strides):
@@ -37,7 +37,7 @@ _LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)
 _NOT_COMPRESSED: Final = bytes(range(q.OFLAG_COMPRESSED >> 56))  # high bytes of such entries
 
 
-def streams_and_offsets(entries: Slice[int]) -> tuple[list[int], set[int]]:
+def streams_and_offsets(entries: Entries[int]) -> tuple[list[int], set[int]]:
     """The compressed clusters' entries, and the host offsets of the others."""
     raw = entries.tobytes()
     streams: list[int] = []

@@ -25,7 +25,7 @@ from ..errors import ImageError
 from ..format import ondisk as q
 from ..format.snapshots import Identity, Snapshot
 from ..image.image import Image
-from ..image.mapping import Mapping
+from ..image.tablereader import TableReader
 from .compare import STRIDE, differing, streams_and_offsets
 from .tally import SHARED, Owners
 
@@ -73,13 +73,13 @@ def _freed(
     guard = image.guard(snapshots)
     try:
         disks = [image.disk(s, guard=guard) for s in snapshots]
-        mappings = [disk.mapping for disk in disks]
-        mappings.append(image.active_disk().mapping)
+        mappings = [disk.tables for disk in disks]
+        mappings.append(image.active_disk().tables)
     except ImageError:  # whoever is damaged may share anything
-        guard.check()
+        guard.confirm()
         return [None] * len(sets)
     # The index of an L1 table from which on it leads to the VM state; the active disk has none.
-    behind = [-(-disk.size // disk.mapping.bytes_per_l1_entry) for disk in disks]
+    behind = [-(-disk.size // disk.tables.bytes_per_l1_entry) for disk in disks]
     members = None if len(sets) == len(snapshots) else sets[0]
     space = _Space(image, mappings, [*behind, q.MAX_L1_BYTES], members)
     space.count()
@@ -95,7 +95,7 @@ def _freed(
         else Freed((space.own[2 * k] + l1 + table) * cluster, space.own[2 * k + 1] * cluster)
         for k, (l1, table) in enumerate(tables)
     ]
-    guard.check()
+    guard.confirm()
     return answers
 
 
@@ -110,7 +110,7 @@ class _Space:
     def __init__(
         self,
         image: Image,
-        mappings: Sequence[Mapping],
+        mappings: Sequence[TableReader],
         behind: Sequence[int],
         members: set[int] | None,
     ) -> None:

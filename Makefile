@@ -126,7 +126,7 @@ format: $(VENV)/ready
 
 PREFIX ?= /usr/local
 # Exported only if they are set: packaging/install finds out what they are here.
-export PREFIX DESTDIR PLUGINDIR PYTHONDIR NBDKIT PYTHON
+export PREFIX DESTDIR PLUGINDIR PYTHONDIR ZSHDIR NBDKIT PYTHON
 install:
 	@packaging/install install
 

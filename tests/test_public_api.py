@@ -32,7 +32,7 @@ SURFACE = {
     },
     "Error": {"(base)": "Exception"},
     "Extent": {"(tuple)": "offset length type", "is_hole": "bool", "is_zero": "bool"},
-    "Finding": {"(tuple)": "problem message snapshots host"},
+    "Finding": {"(tuple)": "problem message snapshots host clusters", "is_damage": "bool"},
     "Image": {
         "active": "(self) -> Disk",
         "close": "(self) -> None",

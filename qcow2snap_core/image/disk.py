@@ -37,6 +37,14 @@ class Extent(NamedTuple):
     type: int  #: ALLOCATED or HOLE_ZERO
 
 
+class FileRange(NamedTuple):
+    """A range of bytes in a file that is read like any other."""
+
+    fd: int
+    offset: int
+    length: int
+
+
 class Piece(NamedTuple):
     """A range with where it is from; neighbours may be alike."""
 
@@ -69,6 +77,13 @@ class Layer(Protocol):
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
 
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        """Where the start of the range lies in a file as it is; None where it does not, or where
+        nothing but a read can tell.  Raises ImageError, StorageError.
+
+        The file may end before it does, and who has used it asks :meth:`Disk.check`.
+        """
+
 
 class RawLayer:
     """A raw backing file: its bytes are the disk's, its holes are zeros."""
@@ -82,6 +97,10 @@ class RawLayer:
     def description(self) -> LayerDescription | None:
         fd = self._storage.plain_fd
         return None if fd is None else (fd, self.size)
+
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        fd = self._storage.plain_fd
+        return None if fd is None else FileRange(fd, offset, length)
 
     def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
         got = self._storage.read_into(buffer, offset)
@@ -268,6 +287,14 @@ class Disk:
                 f"{self.name}: a read at guest offset {offset:#x} takes more than "
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
+
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        kind, host, n = self._mapping.run(self._base + offset, length)
+        if kind == UNALLOCATED and self._below is not None:
+            inside = min(n, self._below.size - offset)
+            return self._below.in_file(offset, inside) if inside > 0 else None
+        fd = self._clusters.plain_fd
+        return FileRange(fd, host, n) if kind == DATA and fd is not None else None
 
     def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
         for cell in self.cells(offset, length, work):

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ class Target(Protocol):
 
     size: int  # bytes
     foreign: bool  # another program writes: :mod:`.engine` keeps zeros and data apart
+    fd: int | None  # a file that the kernel can copy into, if it is one
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view."""
@@ -53,11 +55,13 @@ class RawTarget:
     """An open file or block device."""
 
     foreign = False
+    fd: int | None
 
     def __init__(self, path: str, fd: int, *, empty: bool = False) -> None:
         """Owns the descriptor.  ``empty``: it is one hole already."""
         self._path = path
         self._fd = fd
+        self.fd = fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
         self._empty = empty
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
@@ -106,6 +110,7 @@ class NbdTarget:
     """A writable NBD export, over several connections where the server allows that."""
 
     foreign = True
+    fd: int | None = None
 
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""

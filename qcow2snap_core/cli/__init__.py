@@ -27,13 +27,16 @@ COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mo
 #: Those that do something; what the others print is what they are called for.
 _DOING = ("copy", "split", "join", "mount", "serve")
 
+#: What a copy's target may be called when standard output is what it writes.
+_OUTPUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)
 
 
 def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
-    asked = {"-h", "--help"} & set(sys.argv)
+    asked = ({"-h", "--help"} | _OUTPUT) & set(sys.argv)
     take(reports_only=not asked and any(word in _DOING for word in sys.argv[1:2]))
     with ending():
         status = main()

@@ -117,7 +117,7 @@ def joins(world: World, rng: random.Random) -> None:
         if fmt == "raw":
             layers[path.stem] = path.read_bytes()
         else:
-            layers[path.stem] = world.content(path, world.secrets[number:])
+            layers[path.stem] = world.original(path, world.secrets[number:])
     world.command("join", world.path, out, *world.keys)
     _compare_joined(world, out, layers, "join")
     remove(out)

@@ -26,11 +26,12 @@ from ..storage.libnbd import without_secrets
 from ..transfer.backup import copy
 from ..transfer.bases import Base
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
-from ..transfer.judge import OUTPUT_NAMES
+from ..transfer.judge import STANDARD_OUTPUT
 from ..transfer.qcow2file import COMPRESSIONS
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
 from .running import warn
+from .streams import OUTPUT_NAMES
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -73,19 +74,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_usage(args)
+    target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
     # Before a passphrase is asked for.
     if args.since is None:
-        to = new_copy(args.target, form=args.format, compress=args.compress, replace=args.force)
+        to = new_copy(target, form=args.format, compress=args.compress, replace=args.force)
     else:
-        to = update(args.target, args.base or Base.RECORDED, in_place=args.in_place)
+        to = update(target, args.base or Base.RECORDED, in_place=args.in_place)
     with open_from(args) as image, deferred():
         new, vm_state = _disk(image, args.new)
         since = None if args.since is None else disk_named(image, args.since)
         if vm_state and since is not None:
             raise UsageError("a VM state has nothing that it changed since: leave out --since")
         done = copy(image, new, to, warn, since, verify=args.verify, vm_state=vm_state)
-    if args.target not in OUTPUT_NAMES:
-        print(f"{without_secrets(args.target)}: {done}")
+    if target != STANDARD_OUTPUT:
+        print(f"{without_secrets(target)}: {done}")
     return 0
 
 

@@ -19,7 +19,7 @@ from .bases import Base
 from .existing import Device, Export
 from .files import FileInPlace, NewFile, UpdatedFile
 from .job import Job
-from .judge import ENDING, OUTPUT_NAMES, Kind, Place, judge
+from .judge import ENDING, STANDARD_OUTPUT, Kind, Place, judge
 from .qcow2file import Qcow2File
 from .streams import Stream
 
@@ -65,7 +65,7 @@ def update(target: str, base: Base = Base.RECORDED, *, in_place: bool = False) -
 
     Raises UsageError when the target will not do.
     """
-    if target in OUTPUT_NAMES:
+    if target == STANDARD_OUTPUT:
         raise UsageError("standard output holds nothing to update: leave out --since")
     place = judge(target, _UPDATED, replace=True, in_place=in_place)
     if place.kind is Kind.FILE:

@@ -42,8 +42,8 @@ class Kind(enum.Flag):
     STREAM = enum.auto()  # standard output, or a FIFO
 
 
-#: Names of standard output; what it is shows when it is asked, and no path leads to all of that.
-OUTPUT_NAMES: Final = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+#: The target that stands for it; a file of that name is ``./-``.
+STANDARD_OUTPUT: Final = "-"
 
 _WORDS: Final = {
     Kind.FILE: "a file",
@@ -84,7 +84,7 @@ def judge(name: str, accepts: Kind, *, replace: bool = False, in_place: bool = F
     ``replace``: what is there may be replaced.  ``in_place``: a file that is there is written into.
     Raises UsageError, also when what is there is not of a kind that is accepted.
     """
-    if name in OUTPUT_NAMES and Kind.STREAM in accepts:
+    if name == STANDARD_OUTPUT and Kind.STREAM in accepts:
         return _standard_output()
     if is_uri(name) and Kind.EXPORT in accepts:
         return Place(name, Kind.EXPORT, name)
@@ -150,7 +150,7 @@ def _standard_output() -> Place:
         raise UsageError("standard output is a terminal: redirect it to a file or a program")
     if fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
         raise UsageError("standard output is closed: redirect it to a file or a program")
-    return Place("standard output", Kind.STREAM, "-")
+    return Place("standard output", Kind.STREAM, STANDARD_OUTPUT)
 
 
 def _check_directory(name: str, path: str, status: os.stat_result, replace: bool) -> bool:
@@ -231,7 +231,7 @@ def _check_other_uri(files: Iterable[Storage], uri: str) -> None:
 
 def _check_other_stream(files: Iterable[Storage], path: str) -> None:
     """What is redirected may be a file or a device."""
-    status = os.fstat(1) if path == "-" else os.stat(path)
+    status = os.fstat(1) if path == STANDARD_OUTPUT else os.stat(path)
     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
         check_apart("/proc/self/fd/1", files, "standard output")
 

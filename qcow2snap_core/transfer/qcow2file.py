@@ -12,6 +12,7 @@ from ..errors import UsageError, shown
 from ..image.disk import ALLOCATED, Extent, merged
 from ..image.image import Options
 from ..util.progress import progress
+from .bases import keep_beside
 from .engine import PIECE, transfer, whole
 from .job import Job
 from .judge import Place
@@ -50,6 +51,7 @@ class Qcow2File:
             if job.verify:
                 state = State("", size, job.new, lambda: whole(job.new))
                 images([Written(part, path, (), state)], Options())
+        keep_beside(path, None)  # of what was replaced
 
     def _write(self, job: Job, part: str) -> None:
         header = job.image.header

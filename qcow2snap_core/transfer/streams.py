@@ -25,7 +25,7 @@ from ..util.interrupts import check
 from ..util.progress import progress
 from .engine import ordered
 from .job import Job
-from .judge import Place
+from .judge import STANDARD_OUTPUT, Place
 
 _WRITE: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _PIPE_SIZE: Final = 1 << 20  # what an unprivileged user may have
@@ -48,7 +48,7 @@ class Stream:
 
 @contextmanager
 def _opened(path: str, name: str) -> Iterator[int]:
-    fd = _output() if path == "-" else _fifo(path, name)
+    fd = _output() if path == STANDARD_OUTPUT else _fifo(path, name)
     try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             with suppress(OSError):  # then it takes a little longer

@@ -137,6 +137,12 @@ def test_an_interrupt_is_heard_while_it_waits(image: Path, tmp_path: Path, reads
         os.close(reader)
 
 
+def test_a_copy_to_elsewhere_only_reports_and_needs_no_standard_output(
+    image: Path, tmp_path: Path
+) -> None:
+    shell('$Q "$1" s "$2/out" >&-', image, tmp_path)
+
+
 def test_a_terminal_is_refused(image: Path) -> None:
     ours, theirs = os.openpty()
     try:

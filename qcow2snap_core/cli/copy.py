@@ -18,16 +18,16 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UsageError, shown
-from ..format.snapshots import Choice, choose
+from ..format.choosing import Choice, choose
 from ..image.disk import Disk
 from ..image.image import Image
 from ..serve.exports import VM_STATE
 from ..storage.libnbd import without_secrets
 from ..transfer.backup import copy
 from ..transfer.bases import Base
+from ..transfer.compressors import COMPRESSIONS
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
-from ..transfer.qcow2file import COMPRESSIONS
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
 from .running import warn
@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--compress",
         choices=COMPRESSIONS,
         nargs="?",
-        const=COMPRESSIONS[0],
+        const="zlib",
         help="compress the clusters of a qcow2 file",
     )
     add_force(parser, "replace TARGET if it is a file that is there")

@@ -47,7 +47,7 @@ def copy(
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
-    to.place.check_apart(image.files)
+    to.place.ensure_apart(image.files)
     job = Job(image, new, since, verify=verify, vm_state=vm_state)
     warn_of_encryption(image, warn)
     to.take(job)

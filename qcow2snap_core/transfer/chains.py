@@ -20,11 +20,15 @@ from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
 from ..format.ondisk import MAX_CHAIN
-from ..format.snapshots import Snapshot, read_table
-from ..image.disk import ALLOCATED, Disk, Extent, Layer, RawLayer
-from ..image.image import Image, Options
+from ..format.snapshot_table import read_table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, Extent
+from ..image.image import Image
+from ..image.layers import Layer, RawLayer
+from ..image.opener import Options
 from ..storage.libnbd import is_uri
-from ..storage.locks import check_quiet
+from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
 from ..util.progress import Bar, progress
 from .engine import Plan, RawSource, transfer, whole
@@ -68,9 +72,9 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     Raises UsageError before anything is written when that cannot be done.
     """
     directory = place.name
-    place.check_apart(image.files)
-    _check_local(image)
-    check_quiet(image.files)
+    place.ensure_apart(image.files)
+    check_local(image)
+    ensure_not_written(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
@@ -84,17 +88,17 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     with output(directory, is_directory=True, replace=place.replace) as temporary:
         total = _check_room(image, parts, temporary, directory)
         paths = [os.path.join(temporary, part.name + ENDING) for part in parts]
-        backing = _kept_backing(image, directory) if keep else None
+        backing = kept_backing(image, directory) if keep else None
         with progress("splitting", total) as bar:
             for part, path in zip(parts, paths, strict=True):
                 private(path)
                 _create(image, path, part.size, backing)
                 _write(part, path, bar, _home(image))
                 backing = _relative(part.name + ENDING), "qcow2"
-        check_quiet(image.files)
+        ensure_not_written(image.files)
         if verify:
             images([_overlay(part, temporary, directory) for part in parts], _options(image))
-            check_quiet(image.files)
+            ensure_not_written(image.files)
         for path in paths:
             publish(path, most)
     return [part.name + ENDING for part in parts]
@@ -162,7 +166,7 @@ def _only_data(extents: Iterable[Extent]) -> Iterator[Extent]:
     return (e for e in extents if e.type == ALLOCATED)
 
 
-def _kept_backing(image: Image, directory: str) -> tuple[str, str]:
+def kept_backing(image: Image, directory: str) -> tuple[str, str]:
     """The name and format of FILE's own backing file, as an image in the directory needs them."""
     storage, layer = image.chain[1]
     form = "qcow2" if isinstance(layer, Disk) else "raw"
@@ -188,7 +192,7 @@ def _check_depth(files: int) -> None:
         )
 
 
-def _check_local(image: Image) -> None:
+def check_local(image: Image) -> None:
     """What qemu-img has a part in takes files."""
     if is_uri(image.path):
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
@@ -204,9 +208,9 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
     Raises UsageError before anything is written when that cannot be done.
     """
     out = place.name
-    place.check_apart(top.files)
-    _check_local(top)
-    check_quiet(top.files)
+    place.ensure_apart(top.files)
+    check_local(top)
+    ensure_not_written(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]
     warn_of_encryption(top, warn)
@@ -224,11 +228,11 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
                 _write(part, temporary, bar, grown_from=size)
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
-        check_quiet(top.files)
+        ensure_not_written(top.files)
         if verify:
             states = [part.state for part in parts]
             images([Written(temporary, out, states, states[-1])], _options(top))
-            check_quiet(top.files)
+            ensure_not_written(top.files)
     return [part.name for part in parts]
 
 

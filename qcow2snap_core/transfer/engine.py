@@ -27,9 +27,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby, islice
 from typing import Final, NamedTuple, Protocol
 
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, RawLayer, merged
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
+from ..image.layers import RawLayer
 from ..storage.local import Buffer
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.pool import Pool
 from ..util.progress import Bar
 from ..util.workers import spread
@@ -71,8 +73,8 @@ class RawSource:
         return self.extents(0, self._layer.size)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        for start, n, kind, _ in self._layer.pieces(offset, length):
-            yield Extent(start, n, kind)
+        for found in self._layer.ranges(offset, length):
+            yield Extent(*found[:3])
 
 
 class Amount(NamedTuple):
@@ -86,7 +88,7 @@ def count(plan: Plan) -> Amount:
     """Go through a plan without reading data.  Raises what the tables' damage raises."""
     data = zeros = 0
     for extent in plan():
-        check()
+        raise_if_interrupted()
         if extent.type == ALLOCATED:
             data += extent.length
         else:
@@ -157,7 +159,7 @@ def ordered(source: Source, plan: Plan, threads: int = THREADS) -> Iterator[memo
 
     def pieces() -> Iterator[tuple[Extent, Future[bytearray] | None]]:
         for extent in cut(plan()):
-            check()
+            raise_if_interrupted()
             yield extent, pool.submit(read, extent) if extent.type == ALLOCATED else None
 
     with ThreadPoolExecutor(threads) as pool:
@@ -179,7 +181,7 @@ def ordered(source: Source, plan: Plan, threads: int = THREADS) -> Iterator[memo
 
 def _only(kind: int, extents: Iterable[Extent]) -> Iterator[Extent]:
     for extent in extents:
-        check()
+        raise_if_interrupted()
         if extent.type == kind:
             yield extent
 

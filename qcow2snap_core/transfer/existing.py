@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import Error, UsageError, shown
-from ..image.disk import RawLayer
+from ..image.layers import RawLayer
 from ..storage.libnbd import without_secrets
 from ..storage.local import open_storage
 from .bases import Base, no_record

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from ..errors import UsageError, reason, shown
-from ..image.disk import RawLayer
+from ..image.layers import RawLayer
 from ..storage.local import open_storage
 from ..util.progress import progress
 from .bases import Base, check_base, keep, keep_beside, keep_in

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import UsageError, shown
-from ..image.disk import Disk, Extent
+from ..image.disk import Disk
+from ..image.extents import Extent
 from ..image.image import Image
 from ..storage.libnbd import is_uri
 from ..tables.diff import changes, unchanged

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import UsageError, reason, shown
+from ..storage.ground import mount_of
 from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
-from ..storage.samefile import check_apart, mount_of
+from ..storage.samefile import ensure_apart
 
 #: How the names of the qcow2 files end that are made here.
 ENDING: Final = ".qcow2"
@@ -64,7 +65,7 @@ class Place:
     new: bool = False  # there is nothing yet
     replace: bool = False  # what is there may be replaced
 
-    def check_apart(self, files: Iterable[Storage]) -> None:
+    def ensure_apart(self, files: Iterable[Storage]) -> None:
         """Raises UsageError when one of the files that are being read is the target, or lies on
         the same storage, or that cannot be told."""
         if self.kind is Kind.EXPORT:
@@ -73,7 +74,7 @@ class Place:
             _check_other_stream(files, self.path)
         else:
             at = os.path.dirname(self.path) if self.new else self.path
-            check_apart(at, files, self.name, new=self.new)
+            ensure_apart(at, files, self.name, new=self.new)
             if self.kind is Kind.DIRECTORY and self.replace:
                 _check_not_inside(files, self.path, self.name)
 
@@ -233,7 +234,7 @@ def _check_other_stream(files: Iterable[Storage], path: str) -> None:
     """What is redirected may be a file or a device."""
     status = os.fstat(1) if path == STANDARD_OUTPUT else os.stat(path)
     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
-        check_apart("/proc/self/fd/1", files, "standard output")
+        ensure_apart("/proc/self/fd/1", files, "standard output")
 
 
 def _check_not_inside(files: Iterable[Storage], directory: str, name: str) -> None:

@@ -35,7 +35,7 @@ class KernelCopy:
                 break
             done += n
         if done:
-            self._disk.check()
+            self._disk.confirm()
         return done
 
     def _once(self, offset: int, length: int) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from ..errors import UsageError, shown
-from ..image.disk import ALLOCATED, Extent, merged
-from ..image.image import Options
+from ..image.extents import ALLOCATED, Extent, merged
+from ..image.opener import Options
 from ..util.progress import progress
 from .bases import keep_beside
 from .engine import PIECE, transfer, whole
@@ -21,8 +21,6 @@ from .qemu import create, options_like, qemu_img, writable
 from .room import check_room
 from .verify import State, Written, images
 
-COMPRESSIONS: Final = ("zlib", "zstd")
-
 _SECTOR: Final = 512
 _CLUSTER: Final = 64 << 10  # of what is compressed: small ones gain little
 
@@ -31,7 +29,7 @@ class Qcow2File:
     """A qcow2 file that is new, or replaces another."""
 
     def __init__(self, place: Place, compress: str | None = None) -> None:
-        """``compress`` is one of COMPRESSIONS."""
+        """``compress`` is one of :data:`.COMPRESSIONS`."""
         self.place = place
         self._compress = compress
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
 from ..format.header import Header
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from .engine import THREADS
 from .targets import NbdTarget
 
@@ -28,7 +28,7 @@ def qemu_img(*arguments: str, directory: str | None = None) -> None:
 
     Raises StorageError with what it says, UsageError when it is missing.
     """
-    check()
+    raise_if_interrupted()
     try:
         done = subprocess.run(
             ["qemu-img", *arguments],

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 
 from ..errors import UsageError, shown
-from ..image.disk import ALLOCATED, merged
-from ..util.interrupts import check
+from ..image.extents import ALLOCATED, merged
+from ..util.interrupts import raise_if_interrupted
 from ..util.units import binary
 from .engine import Plan
 
@@ -31,7 +31,7 @@ def check_room(plans: Iterable[tuple[int, Plan]], cluster: int, directory: str, 
         clusters = 8 + size // per_table * 8 // cluster  # header, refcounts, L1 table
         last_table = -1
         for offset, length, kind in merged(plan()):
-            check()
+            raise_if_interrupted()
             last = (offset + length - 1) // per_table
             clusters += last - max(last_table, offset // per_table - 1)
             last_table = last

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from ..errors import StorageError, UsageError, reason, shown
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import progress
 from .engine import ordered
 from .job import Job
@@ -73,7 +73,7 @@ def _fifo(path: str, name: str) -> int:
         except OSError as e:
             if e.errno != errno.ENXIO:
                 raise UsageError(f"cannot open {shown(name)}: {reason(e)}") from e
-        check()
+        raise_if_interrupted()
         time.sleep(_PATIENCE)
 
 
@@ -81,7 +81,7 @@ def _write(fd: int, view: memoryview, name: str) -> None:
     """Write all of it.  Raises StorageError."""
     try:
         while view:
-            check()
+            raise_if_interrupted()
             try:
                 view = view[os.write(fd, view) :]
             except BlockingIOError:

@@ -34,9 +34,11 @@ def made_of(image: Path, umask: int) -> dict[str, Path]:
             command.qcow2snap("copy", image, "s", directory / f"out.{name}")
         command.qcow2snap("split", image, directory / "chain")
         command.qcow2snap("join", image, directory / "joined.qcow2")
+        command.qcow2snap("compact", image, directory / "compact.qcow2")
     finally:
         os.umask(before)
-    names = ("out.raw", "out.qcow2", "chain/s.qcow2", "chain/active.qcow2", "joined.qcow2")
+    overlays = ("chain/s.qcow2", "chain/active.qcow2")
+    names = ("out.raw", "out.qcow2", *overlays, "joined.qcow2", "compact.qcow2")
     return {name: directory / name for name in names}
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from qcow2snap_core.errors import StorageError
-from qcow2snap_core.image.disk import ALLOCATED, HOLE_ZERO, Extent, merged
+from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
 from qcow2snap_core.transfer.engine import PIECE, _blocks, cut, ordered
 
 GiB = 1 << 30

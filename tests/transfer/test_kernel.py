@@ -11,7 +11,7 @@ from support import command, damage, qemu
 from support.qemu import KiB, MiB
 
 from qcow2snap_core.errors import SnapshotGone
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.transfer.kernel import KernelCopy
 
 SIZE = 8 * MiB

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from qcow2snap_core.image.disk import ALLOCATED, Extent
+from qcow2snap_core.image.extents import ALLOCATED, Extent
 from qcow2snap_core.transfer.qcow2file import in_clusters
 
 CLUSTER = 4096

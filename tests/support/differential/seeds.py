@@ -36,6 +36,7 @@ COMPARISONS: dict[str, tuple[Comparison, float]] = {
     "nbdkit": (serving.served, 0.15),
     "remote image": (serving.remotely, 0.15),
     "block device": (serving.devices, 0.1),
+    "compact": (writing.compacts, 0.4),
 }
 
 

@@ -26,7 +26,8 @@ from qcow2snap_core.cli import copy as cli_copy
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.disk import Disk
-from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from support import command, qemu, secret
 
 from . import steps
@@ -165,15 +166,30 @@ class World:
                 raise Unreadable(str(e)) from e
             raise
 
-    def part(self, path: Path, offset: int, length: int) -> bytes:
+    def vm_state(self, path: Path, s: Snapshot, secrets: secret.Secrets | None = None) -> bytes:
+        """What QEMU reads behind the disk when it is made larger."""
+        copy = self.directory / "vm-state"
+        with open_image(str(path), Options(data=False, layers=False)) as image:
+            per_l1_entry = image.disk(s).tables.bytes_per_l1_entry
+        base = -(-s.disk_size // per_l1_entry) * per_l1_entry
+        shutil.copyfile(path, copy)
+        qemu.activate(copy, s, base + s.vm_state_size)
+        found = self.part(copy, base, s.vm_state_size, secrets)
+        copy.unlink()
+        return found
+
+    def part(
+        self, path: Path, offset: int, length: int, secrets: secret.Secrets | None = None
+    ) -> bytes:
         """What qemu-img reads there; the rest may be too large to be read."""
+        secrets = self.secrets if secrets is None else secrets
         where = f"driver=raw,offset={offset},size={length},file.driver=qcow2,"
         where += f"file.file.driver=file,file.file.filename={path}"
-        for n, s in enumerate(self.secrets):
+        for n, s in enumerate(secrets):
             if s is not None:
                 where += f",file.{'backing.' * n}encrypt.key-secret=s{n}"
         out = path.with_name("part")
-        objects = secret.objects(self.secrets)
+        objects = secret.objects(secrets)
         qemu.run("qemu-img", "convert", *objects, "-O", "raw", "--image-opts", where, out)
         return out.read_bytes()
 

@@ -136,7 +136,7 @@ def test_a_target_that_will_not_do_is_one_line(
     (tmp_path / "disk.qcow2").symlink_to(image)
     (tmp_path / "directory").mkdir()
     target = target.replace("none", f"{tmp_path}/none") if ":" in target else tmp_path / target
-    assert expected in command.fails("copy", image, "one", target)
+    assert expected in command.fails("copy", "--force", image, "one", target)
 
 
 def test_no_such_snapshot_is_one_line(image: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def refused(image: object, target: object, *held: Path) -> str:
     before = [path.read_bytes() for path in held]
     said = fails("copy", "--force", image, "s", target)
     if not str(target).startswith("/dev/"):  # join takes files only
-        assert SAME in fails("join", image, target)
+        assert SAME in fails("join", "--force", image, target)
     assert [path.read_bytes() for path in held] == before
     return said
 

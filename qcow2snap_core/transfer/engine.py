@@ -128,7 +128,7 @@ def transfer(source: Source, plan: Plan, target: Target, bar: Bar, threads: int 
                         rest = buffer[: length - done]
                         source.pread_into(rest, offset + done)
                         target.write(rest, offset + done)
-                    target.hasten(offset, length)
+                    target.wrote(offset, length)
                     bar(length)
                 else:
                     target.zero(offset, length)

@@ -12,7 +12,6 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
@@ -20,6 +19,7 @@ from ..errors import StorageError, UsageError, reason, shown
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..storage.libnbd import libnbd, message_of, without_secrets
 from ..storage.local import Buffer
+from .writeback import WriteBack
 
 
 class Target(Protocol):
@@ -35,8 +35,9 @@ class Target(Protocol):
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros, without taking space for it where that is possible."""
 
-    def hasten(self, offset: int, length: int) -> None:
-        """Have what was written begin its way to the disk; nobody waits for that here."""
+    def wrote(self, offset: int, length: int) -> None:
+        """Hear that a range was written, by :meth:`write` or by the kernel: it may go on its way
+        to the disk."""
 
     def flush(self) -> None:
         """Bring everything to the disk."""
@@ -48,8 +49,6 @@ class Target(Protocol):
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
-
-_SYNC_WRITE: Final = 2  # linux/fs.h: SYNC_FILE_RANGE_WRITE
 
 _CANNOT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 _ZEROS: Final = memoryview(bytes(1 << 20))
@@ -68,6 +67,7 @@ class RawTarget:
         self._path = path
         self._fd = fd
         self.fd = fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        self._write_back = WriteBack(fd)
         self._empty = empty
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
@@ -93,9 +93,11 @@ class RawTarget:
                     raise _failed(self._path, offset, reason(e)) from e
         _write_zeros(self, offset, length)
 
-    def hasten(self, offset: int, length: int) -> None:
-        # Else the kernel begins when a tenth of the memory is full, and the disk is idle till then.
-        _libc().sync_file_range(self._fd, offset, length, _SYNC_WRITE)  # an error is fsync's to say
+    def wrote(self, offset: int, length: int) -> None:
+        try:
+            self._write_back.wrote(offset, length)
+        except OSError as e:
+            raise _failed(self._path, offset, reason(e)) from e
 
     def flush(self) -> None:
         try:
@@ -191,8 +193,8 @@ class NbdTarget:
         if at == offset:
             yield Extent(offset, ask, ALLOCATED)
 
-    def hasten(self, offset: int, length: int) -> None:
-        """Nothing: that is its server's business."""
+    def wrote(self, offset: int, length: int) -> None:
+        """Nothing to do: it is its server's file."""
 
     def flush(self) -> None:
         for handle in self._all:
@@ -243,16 +245,9 @@ def _failed(name: str, offset: int, why: str, how: str = "writing to") -> Storag
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    while _libc().fallocate64(fd, mode, offset, length):
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
-
-
-@lru_cache(1)
-def _libc() -> Any:
-    found = ctypes.CDLL(None, use_errno=True)
-    number, offset = ctypes.c_int, ctypes.c_int64
-    found.fallocate64.argtypes = [number, number, offset, offset]
-    found.sync_file_range.argtypes = [number, offset, offset, ctypes.c_uint]
-    return found

@@ -47,7 +47,7 @@ WAYS = {
     "a file, its end": '$Q $1 s - >>"$2/out" && cat "$2/out"',
     "a file by its device": '$Q $1 s /dev/stdout >"$2/out" && cat "$2/out"',
     "a FIFO": 'mkfifo "$2/fifo" && { $Q $1 s "$2/fifo" >&2 & } && cat "$2/fifo" && wait $!',
-    "another process": "$Q $1 s >(cat >&3) 3>&1 >/dev/null | cat",
+    "another process": "{ $Q $1 s >(cat >&3) >/dev/null; } 3>&1 | cat",
 }
 
 

@@ -33,7 +33,8 @@ def made_of(image: Path, umask: int) -> dict[str, Path]:
         for name in ("raw", "qcow2"):
             command.qcow2snap("copy", image, "s", directory / f"out.{name}")
         command.qcow2snap("split", image, directory / "chain")
-        command.qcow2snap("join", image, directory / "joined.qcow2")
+        # It warns of the snapshots inside.
+        assert command.run("join", image, directory / "joined.qcow2").returncode == 0
         command.qcow2snap("compact", image, directory / "compact.qcow2")
     finally:
         os.umask(before)

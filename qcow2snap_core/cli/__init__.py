@@ -14,13 +14,14 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .. import __version__
 from .._native.loaded import ENGINE
 from ..errors import Error, reason
 from ..util.interrupts import Interrupted, ending
 from .parser import Parser
-from .streams import OutputLost, failed, give_up_output, say, take
+from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, take
 
 COMMANDS = (
     "list",
@@ -46,14 +47,24 @@ _WITH_OUTPUT = (0, 3)
 
 def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
-    asked = {"-h", "--help"} & set(sys.argv)
-    take(reports_only=not asked and any(word in _DOING for word in sys.argv[1:2]))
+    take(reports_only=_only_reports(sys.argv[1:]))
     with ending():
         status = main()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
+
+
+def _only_reports(argv: Sequence[str]) -> bool:
+    """Whether what a command line prints is less than what it is for."""
+    if not argv:
+        return False
+    written = any(
+        word in OUTPUT_NAMES and not before.startswith("--passphrase")
+        for before, word in pairwise(argv)
+    )
+    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

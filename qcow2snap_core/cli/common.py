@@ -64,6 +64,11 @@ def add_no_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_force(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option without which nothing that is there is replaced."""
+    parser.add_argument("--force", action="store_true", help=what)
+
+
 def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
     """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
 

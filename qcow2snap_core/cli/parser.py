@@ -33,10 +33,27 @@ class Parser(argparse.ArgumentParser):
             if layer and "--passphrase" in known and f"--{layer[1]}" not in known:
                 dest = layer[1].replace(".", "_")
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
+        if args is not None:
+            args = self._with_values(args)
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
         return parsed, extra
+
+    def _with_values(self, args: Sequence[str]) -> list[str]:
+        """An option whose value may be left out takes the next word only if it is such a value:
+        argparse would take a file's name as well."""
+        found: list[str] = []
+        for word in args:
+            before = self._option_string_actions.get(found[-1]) if found else None
+            if before and before.nargs == "?" and before.choices and word in before.choices:
+                found[-1] += f"={word}"
+            else:
+                found.append(word)
+        return [
+            f"{word}={action.const}" if action and action.nargs == "?" else word
+            for word, action in ((word, self._option_string_actions.get(word)) for word in found)
+        ]
 
     def _refuse(self, extra: Sequence[str]) -> NoReturn:
         options = [word.partition("=")[0] for word in extra if word.startswith("-")]

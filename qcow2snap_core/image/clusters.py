@@ -98,6 +98,11 @@ class Clusters:
         fd = self._data.plain_fd
         return None if fd is None else (fd, self._cache.items, False, None)
 
+    @property
+    def plain_fd(self) -> int | None:
+        """A descriptor that has the standard clusters as the guest sees them, if there is one."""
+        return self._data.plain_fd
+
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
         sees at ``guest``.  Raises ImageError past the end of the file, StorageError."""
@@ -202,6 +207,10 @@ class EncryptedClusters(Clusters):
         """``parts`` as for :class:`Clusters`."""
         super().__init__(*parts)
         self._encryption = encryption
+
+    @property
+    def plain_fd(self) -> int | None:
+        return None
 
     def description(self) -> tuple[Any, ...] | None:
         cipher, by_guest_offset = self._encryption

@@ -60,10 +60,11 @@ def as_nobody(*arguments: object, before: Sequence[str] = ()) -> subprocess.Comp
     )
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         errors="surrogateescape",
         timeout=120,

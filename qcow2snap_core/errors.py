@@ -17,7 +17,7 @@ class Error(Exception):
     """The base of all errors that this package raises on purpose; ``str()`` is one line."""
 
     #: What the lowest layer said, which the ones above repeat: 200 names would fill a log.
-    located: str | None = None
+    _located: str | None = None
 
 
 class UsageError(Error):
@@ -36,6 +36,10 @@ class SnapshotGone(ImageError):
     """The snapshot that was served has been deleted; nothing of it can be read any more."""
 
 
+for _kind in (Error, UsageError, ImageError, StorageError, SnapshotGone):
+    _kind.__module__ = "qcow2snap_core"  # where users find them, and what a traceback is to say
+
+
 def shown(text: str | bytes, most: int = MOST_SHOWN) -> str:
     """``text`` in quotes, on one line, whatever it holds and however long it is."""
     return f"'{escaped(text, most)}'"
@@ -51,8 +55,8 @@ def escaped(text: str | bytes, most: int = MOST_SHOWN) -> str:
 
 def reason(error: OSError) -> str:
     """What the operating system said, in lower case: ``no such file or directory``."""
-    said = error.strerror or str(error)
-    return said[:1].lower() + said[1:]
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def _escape(character: str) -> str:

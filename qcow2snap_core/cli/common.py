@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 from ..errors import SnapshotGone, UsageError
-from ..format.snapshots import Snapshot, Table
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from ..image.image import BACKING_FORMATS, Image, Options, open_image
-from ..storage.locks import Quiet
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
+from ..image.image import Image
+from ..image.opener import BACKING_FORMATS, Options, open_image
+from ..storage.locks import LockGuard
+from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
-
-ACTIVE: Final = "@active"
+from ..util.wording import COMMAND, passphrase_key
 
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
@@ -70,8 +73,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
     for name, value in vars(args).items():
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
-            key = f"--passphrase.{layer}" if layer else "--passphrase"
-            passphrases[layer] = read_passphrase(key, value)
+            passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -79,6 +81,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        words=COMMAND,
     )
     return open_image(args.file, options)
 
@@ -91,7 +94,7 @@ def disk_named(image: Image, name: str) -> Disk:
         return image.snapshot(name)
     except UsageError:
         if name == ACTIVE:
-            return image.active_disk(Quiet(image.files))
+            return image.active_disk(LockGuard(image.files))
         raise
 
 
@@ -125,14 +128,3 @@ def map_line(extent: Extent) -> str:
     """A line of ``nbdinfo --map``."""
     offset, length, kind = extent
     return f"{offset:10}  {length:10}  {kind:3}  {WORDS[kind]}"
-
-
-def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Rows in aligned columns, the first being the titles; ``right`` are columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())

@@ -13,7 +13,7 @@ import argparse
 from contextlib import suppress
 
 from ..errors import escaped
-from ..format.snapshots import Choice, choose
+from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
 from ..util.interrupts import deferred
 from .common import add_image_options, open_from

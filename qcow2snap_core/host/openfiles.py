@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from ..errors import Error, UsageError, reason, shown
 from ..format.header import read_header
-from ..format.snapshots import Snapshot, read_table
+from ..format.snapshot_table import read_table
+from ..format.snapshots import Snapshot
 from ..storage.libnbd import absolute, is_uri
 from ..storage.local import inode, open_storage
 from ..storage.remote import RemoteFile

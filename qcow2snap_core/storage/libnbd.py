@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..errors import UsageError, escaped
 from ..typed import Any, Final
 from .local import from_here
@@ -18,7 +20,7 @@ def libnbd() -> Any:
     return nbd
 
 
-def said(error: Any, uri: str = "") -> str:
+def message_of(error: Any, uri: str = "") -> str:
     """What one of its errors says, without the name of the C function, nor what is secret in the
     URI: one that it cannot parse it repeats."""
     text = str(error.string).partition(": ")[2] or str(error.string)
@@ -27,11 +29,23 @@ def said(error: Any, uri: str = "") -> str:
 
 def is_uri(path: str) -> bool:
     """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
-    scheme, found, _ = path.partition("://")
+    scheme, separator, _ = path.partition("://")
     name, plus, transport = scheme.partition("+")
-    if not found or name not in ("nbd", "nbds"):
+    if not separator or name not in ("nbd", "nbds"):
         return False
     return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
+
+
+def refuse_url(path: str) -> None:
+    """Raises UsageError for the URL of something else than an NBD export, unless a file has that
+    name.  The line has the scheme alone: behind it may be a password."""
+    scheme, found, _ = path.partition("://")
+    plain = scheme.isascii() and scheme[:1].isalpha() and scheme.replace("+", "").isalnum()
+    if found and plain and not is_uri(path) and not os.path.lexists(path):
+        raise UsageError(
+            f"{scheme}:// is no URI of an NBD export: let nbdkit serve it, with its plugin curl, "
+            f"ssh or S3, and give the URI of that, as docs/remote.md shows"
+        )
 
 
 def without_secrets(uri: str) -> str:

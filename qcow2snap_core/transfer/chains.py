@@ -20,13 +20,17 @@ from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
 from ..format.ondisk import MAX_CHAIN
-from ..format.snapshots import Snapshot, read_table
-from ..image.disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
-from ..image.image import Image, Options
+from ..format.snapshot_table import read_table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, Extent, merged
+from ..image.image import Image
+from ..image.layers import Layer, RawLayer
+from ..image.opener import Options
 from ..storage.libnbd import is_uri
-from ..storage.locks import check_quiet
+from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from .destination import Kind, destination
 from .engine import Plan, RawSource, transfer, whole
@@ -69,9 +73,9 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(directory, SPLIT_TARGETS).check_apart(image.files)
+    destination(directory, SPLIT_TARGETS).ensure_apart(image.files)
     check_local(image)
-    check_quiet(image.files)
+    ensure_not_written(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
@@ -92,10 +96,10 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
                 _create(image, path, part.size, backing)
                 _write(part, path, advance, _home(image))
                 backing = _relative(part.name + ENDING), "qcow2"
-        check_quiet(image.files)
+        ensure_not_written(image.files)
         if verify:
             images([_overlay(part, temporary, directory) for part in parts], _options(image))
-            check_quiet(image.files)
+            ensure_not_written(image.files)
     return [part.name + ENDING for part in parts]
 
 
@@ -191,9 +195,9 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(out, JOIN_TARGETS).check_apart(top.files)
+    destination(out, JOIN_TARGETS).ensure_apart(top.files)
     check_local(top)
-    check_quiet(top.files)
+    ensure_not_written(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]
     warn_of_encryption(top, warn)
@@ -211,11 +215,11 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
                 _write(part, temporary, advance, grown_from=size)
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
-        check_quiet(top.files)
+        ensure_not_written(top.files)
         if verify:
             states = [part.state for part in parts]
             images([Written(temporary, out, states, states[-1])], _options(top))
-            check_quiet(top.files)
+            ensure_not_written(top.files)
     return [part.name for part in parts]
 
 
@@ -279,7 +283,7 @@ def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -
         clusters = 8 + part.size // per_table * 8 // cluster  # header, refcounts, L1 table
         last_table = -1
         for offset, length, kind in merged(part.plan()):
-            check()
+            raise_if_interrupted()
             last = (offset + length - 1) // per_table
             clusters += last - max(last_table, offset // per_table - 1)
             last_table = last

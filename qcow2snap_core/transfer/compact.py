@@ -18,10 +18,13 @@ from typing import Final
 
 from ..errors import ImageError, StorageError, shown
 from ..format import ondisk as q
-from ..format.snapshots import Snapshot, Table
-from ..image.disk import ALLOCATED, Disk, Extent
-from ..image.image import Image, Options, open_image
-from ..storage.locks import check_quiet
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, Extent
+from ..image.image import Image
+from ..image.opener import Options, open_image
+from ..storage.locks import ensure_not_written
 from ..tables.check import check
 from ..tables.diff import changes
 from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
@@ -49,9 +52,9 @@ def compact(
     anything is written when that cannot be done, otherwise what :meth:`.Disk.pread_into` raises and
     StorageError when the file cannot be written.
     """
-    destination(out, COMPACT_TARGETS).check_apart(image.files)
+    destination(out, COMPACT_TARGETS).ensure_apart(image.files)
     check_local(image)
-    check_quiet(image.files)
+    ensure_not_written(image.files)
     table = image.table()
     if table.damage is not None:
         raise ImageError(f"the snapshot table of {shown(image.path)} is damaged: {table.damage}")
@@ -124,15 +127,15 @@ def _behind_tables(image: Image, table: Table) -> int:
     met: set[int] = set()
     span = 0
     for _, disk, _ in _states(image, table):
-        span = disk.mapping.bytes_per_l1_entry
-        met.update(disk.mapping.l1_entries(0, disk.mapping.l1_size))
+        span = disk.tables.bytes_per_l1_entry
+        met.update(disk.tables.l1_entries(0, disk.tables.l1_size))
     return span * len(met - {0})
 
 
 def _check_unchanged(image: Image, table: Table) -> None:
     """Raises UsageError when a QEMU has the image open by now, SnapshotGone when one is."""
-    check_quiet(image.files)
-    image.guard(table.snapshots).check()
+    ensure_not_written(image.files)
+    image.guard(table.snapshots).confirm()
 
 
 # --- Comparing ---

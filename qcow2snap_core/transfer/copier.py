@@ -21,7 +21,7 @@ from ..format import ondisk as q
 from ..image.disk import Disk
 from ..image.image import Image
 from ..image.mapping import COMPRESSED, UNALLOCATED, ZERO
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
 from .compressors import Compressor, compressor
 from .engine import THREADS
@@ -84,14 +84,14 @@ class Copier:
             if disk.reach < disk.size:
                 raise ImageError(f"{disk.name}: its L1 table ends before its disk does")
             first, stop = base // span, -(-(base + disk.size) // span)
-            have = max(0, min(stop, disk.mapping.l1_size) - first)
-            for index, entry in enumerate(disk.mapping.l1_entries(first, have), first):
-                check()
-                old = disk.mapping.l2_offset(index, entry)
+            have = max(0, min(stop, disk.tables.l1_size) - first)
+            for index, entry in enumerate(disk.tables.l1_entries(first, have), first):
+                raise_if_interrupted()
+                old = disk.tables.l2_offset(index, entry)
                 if old:
                     inside = min(span, base + disk.size - index * span)
                     l1[index] = self._table(Stretch(disk, base), old, index * span, inside)
-            disk.check()
+            disk.confirm()
         return l1
 
     def _table(self, stretch: Stretch, old: int, guest: int, inside: int) -> int:
@@ -107,7 +107,7 @@ class Copier:
         step = self._shape.entry_words
         words = array("Q", bytes(q.L2_ENTRY_SIZE * step * self._shape.l2_entries))
         whole: list[_Shown] = []  # neighbours, to be copied in one go
-        for kind, host, start, length in stretch.disk.mapping.runs(first, inside):
+        for start, length, kind, host in stretch.disk.mapping.runs(first, inside):
             if kind == UNALLOCATED:
                 continue
             for guest, n in _by_cluster(start, length, self._size):

@@ -7,15 +7,17 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from .engine import THREADS
 from .targets import NbdTarget
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"
 _DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"
+_environment: Final = Lock()  # of which a process has one for all threads
 
 
 def qemu_img(*arguments: str, directory: str | None = None) -> None:
@@ -24,7 +26,7 @@ def qemu_img(*arguments: str, directory: str | None = None) -> None:
 
     Raises StorageError with what it says, UsageError when it is missing.
     """
-    check()
+    raise_if_interrupted()
     try:
         done = subprocess.run(
             ["qemu-img", *arguments],
@@ -67,9 +69,10 @@ def _start(handle: Any, path: str, directory: str, said: IO[bytes]) -> None:
     shell += f" 2>/proc/{us}/fd/{said.fileno()}"
     starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
     options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
-    os.environ[_IMAGE] = path
-    os.environ[_DIRECTORY] = directory
-    handle.connect_systemd_socket_activation([*starter, *options])
+    with _environment:
+        os.environ[_IMAGE] = path
+        os.environ[_DIRECTORY] = directory
+        handle.connect_systemd_socket_activation([*starter, *options])
 
 
 def _content(file: IO[bytes]) -> bytes:

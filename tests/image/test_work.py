@@ -24,8 +24,9 @@ from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.image import clusters as module
 from qcow2snap_core.image.clusters import Clusters, EncryptedClusters
-from qcow2snap_core.image.disk import Disk, Extent
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import Extent
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.util.cache import BoundedCache
 
 TOO_MUCH = "look-ups: ask for less at a time"
@@ -86,7 +87,7 @@ class Counting(Zlib):
 def test_slow_streams_end_a_prefetch(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("qcow2snap_core.image.disk._MOST_PREFETCHED_LOOKUPS", 1000)
     codec = Counting()
-    monkeypatch.setattr("qcow2snap_core.image.image.deflate", lambda: codec)
+    monkeypatch.setattr("qcow2snap_core.image.opener.deflate", lambda: codec)
     path = packed(tmp_path, 100, slow(bytes(4 * KiB), 8000))
     with open_image(str(path)) as image:
         disk = image.snapshot("s")

@@ -8,7 +8,7 @@ import pytest
 from support.qemu import KiB, MiB, create, take
 
 from qcow2snap_core.errors import ImageError, UsageError
-from qcow2snap_core.format.snapshots import Choice
+from qcow2snap_core.format.choosing import Choice
 from qcow2snap_core.serve.settings import KEYS, Settings
 
 

@@ -26,7 +26,8 @@ from qcow2snap_core.cli import copy as cli_copy
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.disk import Disk
-from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from support import command, qemu, secret
 
 from . import steps
@@ -169,7 +170,7 @@ class World:
         """What QEMU reads behind the disk when it is made larger."""
         copy = self.directory / "vm-state"
         with open_image(str(path), Options(data=False, layers=False)) as image:
-            per_l1_entry = image.disk(s).mapping.bytes_per_l1_entry
+            per_l1_entry = image.disk(s).tables.bytes_per_l1_entry
         base = -(-s.disk_size // per_l1_entry) * per_l1_entry
         shutil.copyfile(path, copy)
         qemu.activate(copy, s, base + s.vm_state_size)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qcow2snap_core.format.snapshots import Snapshot
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 from support import qemu, secret
 from support.running import eventually
 

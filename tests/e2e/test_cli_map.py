@@ -23,8 +23,8 @@ def merged(path: Path) -> list[tuple[int, int, int, int | None]]:
     """qemu-img map, neighbours of one type that are neighbours in the file put together."""
     found: list[tuple[int, int, int, int | None]] = []
     for e in json.loads(qemu.run("qemu-img", "map", "--output=json", path)):
-        kind = 3 if e["zero"] else 0
-        host = None if e["zero"] or e["depth"] else e["offset"]
+        kind = qemu.allocation(e)
+        host = None if kind or e["depth"] else e["offset"]
         if found:
             start, length, last, before = found[-1]
             if last == kind and host == (None if before is None else before + length):

@@ -49,7 +49,7 @@ class Dissect:
         self.kind = kind
         self._window = window
         with judged(window, f"the {kind} filesystem"):
-            self._fs = getattr(filesystem, name)(io.BufferedReader(window, _BUFFER))
+            self._fs = getattr(filesystem, name)(_buffered(window))
             self._root = self._node(b"", self._fs.get("/"))
 
     def root(self) -> Node:
@@ -126,11 +126,16 @@ def logical_volumes(devices: list[Window]) -> dict[str, io.RawIOBase]:
     found: dict[str, io.RawIOBase] = {}
     for device in devices:  # volume groups that span several disks are not for one disk to show
         with judged(device, "LVM's metadata"):
-            group = lvm.LVM2(io.BufferedReader(device, _BUFFER)).vg
+            group = lvm.LVM2(_buffered(device)).vg
             for volume in group.lv:
                 if volume.is_visible:
                     found[f"{group.name}/{volume.name}"] = volume.open()
     return found
+
+
+def _buffered(window: Window) -> io.BufferedReader:
+    """Of a window of its own, which is closed with it."""
+    return io.BufferedReader(Window(window, 0, window.length), _BUFFER)
 
 
 def _bytes(name: str) -> bytes:

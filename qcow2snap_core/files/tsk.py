@@ -15,6 +15,7 @@ from .tree import Kind, Node, Unreadable
 from .window import Window, judged
 
 _PIECE: Final = 1 << 20
+_PATH_MAX: Final = 4096
 _ALLOCATED: Final = 1  # TSK_FS_NAME_FLAG_ALLOC and TSK_FS_META_FLAG_ALLOC
 _TYPES: Final = {  # TSK_FS_META_TYPE_*
     1: Kind.FILE,
@@ -84,12 +85,15 @@ class Sleuthkit:
                 yield self._node(name, file)
 
     def link(self, node: Node) -> bytes:
-        # A short target stands in the inode, and libtsk reads zeros in its place as content.
+        # A short target stands in the inode, and libtsk reads zeros in its place as content; a long
+        # one is content, and libtsk may not have it as a target.
         with judged(self._window, f"the link {shown(node.name)}"):
             target = node.handle.info.meta.link
             if isinstance(target, str):
                 target = target.encode("utf-8", "surrogateescape")
-            if not target:  # as of links whose target is inline data in two parts
+            if not target:
+                target = node.handle.read_random(0, min(node.size, _PATH_MAX))
+            if not target or len(target) != node.size or b"\0" in target:
                 raise Unreadable(f"the link {shown(node.name)} cannot be read")
             return bytes(target)
 

@@ -34,6 +34,7 @@ _INSTALL: Final = {
     "tsk": "python3-tsk (Debian) or pytsk3 (pip)",
     "dissect": "dissect.target with dissect.{} (pip)",
 }
+_PARTS: Final = {kinds.EXT: "extfs", kinds.EXFAT: "fat"}
 
 # Bits of an ext superblock's s_feature_incompat, with their names in the kernel's ext4.h
 _RECOVER: Final = 0x4
@@ -141,7 +142,7 @@ def _opened(window: Window, kind: str, back_ends: tuple[str, ...]) -> Any:
             return _MAKE[name](window, kind)
         except ImportError:
             continue
-    which = " or ".join(_INSTALL[b].format(kind.lower()) for b in back_ends)
+    which = " or ".join(_INSTALL[b].format(_PARTS.get(kind, kind.lower())) for b in back_ends)
     raise UsageError(f"to read {kind} filesystems install {which}")
 
 

@@ -26,15 +26,15 @@ _PREFERRED: Final = {
     kinds.EXT: ("dissect", "tsk"),
     kinds.XFS: ("dissect",),
     kinds.BTRFS: ("dissect",),
-    kinds.NTFS: ("tsk", "dissect"),
-    kinds.EXFAT: ("tsk", "dissect"),
-    kinds.FAT: ("tsk", "dissect"),
+    kinds.NTFS: ("tsk",),
+    kinds.EXFAT: ("tsk",),
+    kinds.FAT: ("tsk",),
 }
 _INSTALL: Final = {
     "tsk": "python3-tsk (Debian) or pytsk3 (pip)",
     "dissect": "dissect.target with dissect.{} (pip)",
 }
-_PARTS: Final = {kinds.EXT: "extfs", kinds.EXFAT: "fat"}
+_PARTS: Final = {kinds.EXT: "extfs"}
 
 # Bits of an ext superblock's s_feature_incompat, with their names in the kernel's ext4.h
 _RECOVER: Final = 0x4
@@ -90,7 +90,9 @@ def open_filesystem(disk: Disk, snapshot: str, part: str | None, how: How = How(
         raise UsageError("there is no filesystem that is known here: see the recipes for guestfish")
     if kind not in kinds.READABLE:
         raise UsageError(f"there is {kind} in it, and no filesystem")
-    back_ends = (how.backend,) if how.backend else _PREFERRED[kind]
+    back_ends = tuple(b for b in _PREFERRED[kind] if how.backend in (None, b))
+    if not back_ends:
+        raise UsageError(f"{how.backend} is not used for {kind} filesystems: leave --backend out")
     if kind == kinds.EXT:
         back_ends = _judge_ext(window, back_ends)
     filesystem = _opened(window, kind, back_ends)

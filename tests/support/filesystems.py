@@ -86,13 +86,12 @@ def make_tree(top: Path, kind: str) -> Path:
     return top
 
 
-def make_filesystem(kind: str, tree: Path, raw: Path, *, features: str = "") -> Path:
+def make_filesystem(kind: str, tree: Path, raw: Path, *options: object) -> Path:
     """A filesystem with what is in a directory."""
     with open(raw, "wb") as f:
         f.truncate(SIZES.get(kind, 48 * MiB))
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     if kind in ("ext4", "ext2"):
-        options = ["-O", features] if features else []
         qemu.run("mke2fs", "-q", "-t", kind, *options, "-d", tree, raw, env=environment)
     elif kind == "xfs":
         proto = raw.with_suffix(".proto")

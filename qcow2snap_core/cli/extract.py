@@ -1,7 +1,7 @@
 """Write a file or a directory in a snapshot, with all that is in it, into the directory DIR.
 
 What a guest wrote is untrusted: nothing is written outside of DIR, and all is judged before
-anything is written. Symbolic links that lead out of DIR, devices, FIFOs and sockets are left out,
+anything is written. Symbolic links that lead elsewhere, devices, FIFOs and sockets are left out,
 which is said; setuid bits are dropped, and the files belong to whoever runs the command. A file is
 there whole or not at all."""
 

@@ -6,8 +6,9 @@ written, and then:
 
 - a name is used as one component, relative to the open descriptor of its directory, and no
   symbolic link is followed there; a directory of the target's that is a link is refused;
-- a symbolic link is made only if it stays below the target whatever the others lead to: relative,
-  with ``..`` at its beginning alone, and no more of them than there are directories above it;
+- a symbolic link is made only if it stays in the extracted tree whatever the others lead to:
+  relative, with ``..`` at its beginning alone, and no more of them than there are directories above
+  it;
 - devices, FIFOs and sockets are not made; setuid, setgid and sticky bits are dropped, and what is
   written belongs to whoever writes it;
 - a file is written under a temporary name, and gets its own when it is whole.
@@ -126,7 +127,7 @@ def _why_not(fs: Filesystem, path: Path, node: Node) -> str | None:
     if not is_safe(path[-1]):
         return "cannot be the name of a file"
     if node.kind is Kind.LINK:
-        return None if stays_inside(fs.link(node), len(path) - 1) else "leads out of the target"
+        return None if stays_inside(fs.link(node), len(path) - 2) else "leads elsewhere"
     if node.kind is Kind.FILE and not 0 <= node.size <= _LONGEST:
         raise UsageError(f"{shown(b'/'.join(path))} has {node.size} bytes: no file has")
     return None if node.kind in (Kind.FILE, Kind.DIRECTORY) else "is no file, directory or link"
@@ -139,7 +140,7 @@ def _all(top: tuple[Path, Node], fs: Filesystem, most: int) -> Iterator[tuple[Pa
 
 
 def stays_inside(target: bytes, depth: int) -> bool:
-    """Whether a symbolic link that lies ``depth`` directories below the target leads nowhere else,
+    """Whether a symbolic link that lies ``depth`` directories below the top leads nowhere else,
     even through other such links: what is behind ``..`` depends on them."""
     if target.startswith(b"/") or b"\0" in target or not target:
         return False

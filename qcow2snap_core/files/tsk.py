@@ -30,7 +30,7 @@ _VIRTUAL: Final = (10, 11)  # $MBR, $OrphanFiles: libtsk's own
 _DATA: Final = (1, 128)  # TSK_FS_ATTR_TYPE_DEFAULT, _NTFS_DATA
 _REPARSE: Final = 192
 _ENCRYPTED, _COMPRESSED = 0x10, 0x20  # TSK_FS_ATTR_ENC, _COMP
-_FILLER, _SPARSE = 1, 2  # TSK_FS_ATTR_RUN_FLAG_*
+_FILLER, _HOLE = 1, 3  # TSK_FS_ATTR_RUN_FLAG_*: what no run was found for, and a hole
 _NTFS_OWN: Final = 16  # MFT records up to here are the filesystem's own files
 
 
@@ -53,6 +53,8 @@ class Sleuthkit:
 
         self.kind = kind
         self._window = window
+        # Holes of ext files have no runs, but what NTFS lists has.
+        self._lost = 0 if kind == kinds.EXT else _FILLER
         self._image = Image()
         with judged(window, f"the {kind} filesystem"):
             self._fs = pytsk3.FS_Info(self._image)
@@ -124,7 +126,7 @@ class Sleuthkit:
             for attribute in node.handle:
                 kind, flags = int(attribute.info.type), int(attribute.info.flags)
                 if kind == _REPARSE and self.kind == kinds.NTFS:
-                    tag = node.handle.read_random(0, 4, attribute.info.type, attribute.info.id)
+                    tag = node.handle.read_random(0, 4, kind, int(attribute.info.id))
                     number = int.from_bytes(tag, "little")
                     raise Unreadable(
                         f"{shown(node.name)} has its content elsewhere: reparse tag {number:#010x}"
@@ -133,22 +135,23 @@ class Sleuthkit:
                     if flags & _ENCRYPTED:
                         raise Unreadable(f"{shown(node.name)} is encrypted by the guest")
                     data = attribute
-            if data is None or not self._is_sparse(data, node):
-                return [(0, node.size)]
+            if data is None:
+                if self.kind == kinds.EXT:  # inline data
+                    return [(0, node.size)]
+                raise ImageError(f"{shown(node.name)} has no content")
             end = 0
             for run in data:
                 start, length = (int(x) * self._block_size for x in (run.offset, run.len))
-                if start != end or int(run.flags) & _FILLER:
-                    return [(0, node.size)]
+                if start != end or int(run.flags) & self._lost:
+                    raise ImageError(f"{shown(node.name)} has lost a part of its content")
                 end = start + length
-                if not int(run.flags) & _SPARSE and start < node.size:
+                if not int(run.flags) & _HOLE and start < node.size:
                     found.append((start, min(end, node.size) - start))
             if end < node.size:
                 found.append((end, node.size - end))
+            if int(data.info.flags) & _COMPRESSED:  # the runs are not where the content is
+                return [(0, node.size)]
         return found
-
-    def _is_sparse(self, data: Any, node: Node) -> bool:
-        return not int(data.info.flags) & _COMPRESSED and node.size > _PIECE
 
     def _is_own(self, inode: int) -> bool:
         return self.kind == kinds.NTFS and inode < _NTFS_OWN and inode != 5

@@ -65,13 +65,10 @@ READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_r
 	tests/e2e/test_matrix.py tests/e2e/test_disks.py tests/e2e/test_read_errors.py \
 	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
 	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py
-# A known fault: without the engine the log has two lines instead of one when memory has run out, since
-# the module that words them is imported late and does not get any either.
-TWO_LINES := tests/e2e/test_disks.py::test_no_memory_is_an_error_of_the_request
 check: deps-test $(DISSECT)/ready
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 ifeq ($(TESTS),tests)
-	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 $(READING) --deselect $(TWO_LINES)
+	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 $(READING)
 endif
 
 # What reads XFS, Btrfs and LVM is on PyPI alone; without it those tests are left out.

@@ -21,7 +21,8 @@ from qcow2snap_core import Image, UsageError, __version__  # noqa: E402
 from qcow2snap_core._native.loaded import ENGINE, MISSING  # noqa: E402
 from qcow2snap_core.decode import codecs, encryption  # noqa: E402
 from qcow2snap_core.errors import shown  # noqa: E402
-from qcow2snap_core.format.snapshots import Snapshot, choose  # noqa: E402
+from qcow2snap_core.format.choosing import choose  # noqa: E402
+from qcow2snap_core.format.snapshots import Snapshot  # noqa: E402
 from qcow2snap_core.image.disk import Disk  # noqa: E402
 from qcow2snap_core.serve.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.serve.malloc import share_heaps  # noqa: E402
@@ -69,6 +70,19 @@ def _report():
     in_one_line()
 
 
+def _preload():
+    """Import what words an error while there is memory for it."""
+    try:
+        _report()
+    except MemoryError:
+        return  # the first error tries again
+
+
+# Started by the first client, and long enough to keep out of the way of its first bytes.
+_preloading = threading.Timer(1.0, _preload)
+_preloading.daemon = True
+
+
 def dump_plugin():
     print(f"qcow2snap_version={__version__}")
     print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
@@ -110,7 +124,7 @@ def _snapshots():
     if _pinned is None:
         return _image.snapshots
     snapshot, disk = _pinned
-    disk.check()
+    disk.confirm()
     return (snapshot,)
 
 
@@ -148,7 +162,10 @@ def open(readonly):  # noqa: A001 (nbdkit's name)
         snapshots = _snapshots()
         export = find(exports_of(snapshots), snapshots, name)
         del snapshots
-    return Connection(export)
+        connection = Connection(export)
+        if _preloading.ident is None:
+            _preloading.start()
+    return connection
 
 
 def export_description(h):
@@ -194,8 +211,8 @@ if ENGINE is not None:
 
 def extents(h, count, offset, flags):
     try:
-        found = h.disk.extents(offset, count)
-        return [next(found)] if flags & nbdkit.FLAG_REQ_ONE else list(found)
+        answer = h.disk.extents(offset, count)
+        return [next(answer)] if flags & nbdkit.FLAG_REQ_ONE else list(answer)
     except Exception:
         nbdkit.set_error(errno.EIO)
         _report()

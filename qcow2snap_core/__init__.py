@@ -25,8 +25,10 @@ if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
 
 from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
 from .format.snapshots import Snapshot
-from .image.disk import Disk, Extent
-from .image.image import Image, Options, open_image
+from .image.disk import Disk
+from .image.extents import Extent
+from .image.image import Image
+from .image.opener import Options, open_image
 
 __version__ = "0.9.0"
 

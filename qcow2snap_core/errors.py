@@ -51,8 +51,8 @@ def escaped(text: str | bytes, most: int = MOST_SHOWN) -> str:
 
 def reason(error: OSError) -> str:
     """What the operating system said, in lower case: ``no such file or directory``."""
-    said = error.strerror or str(error)
-    return said[:1].lower() + said[1:]
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def _escape(character: str) -> str:

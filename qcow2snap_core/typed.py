@@ -27,7 +27,7 @@ else:
         def __class_getitem__(cls, types):
             return cls
 
-    def TypeVar(name, **bound):
+    def TypeVar(name, *constraints, **bound):
         return name
 
     class _NamedTupleMaker(type):

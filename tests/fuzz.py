@@ -38,12 +38,12 @@ from support import catalogue, damage, qemu
 
 from qcow2snap_core.decode import codecs, luks
 from qcow2snap_core.errors import Error, ImageError
-from qcow2snap_core.format import bitmaps, snapshots
+from qcow2snap_core.format import bitmaps, snapshot_table
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
-from qcow2snap_core.image import mapping
+from qcow2snap_core.image import mapping, subclusters, tablereader
 from qcow2snap_core.storage import libnbd
-from qcow2snap_core.storage.local import Pieces
+from qcow2snap_core.storage.local import ExpectedBytes
 from qcow2snap_core.transfer import records
 from qcow2snap_core.util.cache import BoundedCache
 
@@ -61,7 +61,7 @@ class Bytes:
     def size(self) -> int:
         return len(self._data)
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, pieces: ExpectedBytes) -> bool:
         return all(self.read(len(content), at) == content for content, at in pieces)
 
     def read(self, length: int, offset: int) -> bytes:
@@ -83,12 +83,12 @@ def table(data: bytes) -> None:
     file = bytearray(data[12:])
     file[60:72] = data[:12].ljust(12, b"\0")
     storage = Bytes(bytes(file))
-    found = snapshots.read_table_once(storage)  # type: ignore[arg-type]
-    assert not found.torn
+    found = snapshot_table.read_table_once(storage)  # type: ignore[arg-type]
+    assert not found.changed_during_read
     for s in found.snapshots[:3]:
-        again = snapshots.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
-        assert again.proof is not None
-        assert again.proof.holds(storage)  # type: ignore[arg-type]
+        again = snapshot_table.read_table_once(storage, frozenset({s.identity}))  # type: ignore[arg-type]
+        assert again.fingerprint is not None
+        assert again.fingerprint.holds(storage)  # type: ignore[arg-type]
 
 
 CLUSTER_BITS = {False: 9, True: 14}
@@ -99,16 +99,17 @@ def tables(data: bytes) -> None:
     flags = data[0] if data else 0
     wide = bool(flags & 1)
     bits = CLUSTER_BITS[wide]
-    geometry = mapping.Geometry(bits, 2 + bool(flags & 2), wide, bool(flags & 4))
+    geometry = tablereader.Geometry(bits, 2 + bool(flags & 2), wide, bool(flags & 4))
     cache: mapping.TableCache = BoundedCache(1 << 20)
     parts = Bytes(data[1:]), geometry, 0, (1 << bits) // 8, cache, 0
-    tested = mapping.Mapping.of(geometry)(*parts)  # type: ignore[arg-type]
-    size = tested.bytes_per_l1_entry * 70
-    step = tested.bytes_per_l1_entry // 3 + 1
+    kind = subclusters.SubclusterMapping if wide else mapping.Mapping
+    tested = kind(*parts)  # type: ignore[arg-type]
+    size = tested.tables.bytes_per_l1_entry * 70
+    step = tested.tables.bytes_per_l1_entry // 3 + 1
     for start in range(0, size, step):
         with suppress(ImageError):
             at = start
-            for _, host, guest, length in islice(tested.runs(start, step), 200):
+            for guest, length, _, host in islice(tested.runs(start, step), 200):
                 assert guest == at
                 assert length > 0
                 assert host >= 0

@@ -23,12 +23,24 @@ from .parser import Parser
 from .streams import OutputLost, failed, give_up_output, say, take
 
 COMMANDS = (
-    *("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve"),
-    *("ls", "cat", "extract"),
+    "list",
+    "map",
+    "diff",
+    "check",
+    "take",
+    "copy",
+    "compact",
+    "split",
+    "join",
+    "mount",
+    "serve",
+    "ls",
+    "cat",
+    "extract",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "split", "join", "mount", "serve", "extract")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)

@@ -8,7 +8,7 @@ import argparse
 from typing import Final
 
 from ..errors import escaped, shown
-from ..format.snapshots import Choice, choose
+from ..format.choosing import Choice, choose
 from ..tables.check import check
 from ..tables.findings import MOST, Finding
 from .common import add_image_options, open_from, print_json

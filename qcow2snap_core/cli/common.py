@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 from ..errors import SnapshotGone, UsageError
-from ..format.snapshots import Snapshot, Table
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
-from ..image.image import BACKING_FORMATS, Image, Options, open_image
-from ..storage.locks import Quiet
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
+from ..image.image import Image
+from ..image.opener import BACKING_FORMATS, Options, open_image
+from ..storage.locks import LockGuard
 from ..util.passphrase import read_passphrase
 
 ACTIVE: Final = "@active"
@@ -91,7 +94,7 @@ def disk_named(image: Image, name: str) -> Disk:
         return image.snapshot(name)
     except UsageError:
         if name == ACTIVE:
-            return image.active_disk(Quiet(image.files))
+            return image.active_disk(LockGuard(image.files))
         raise
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import ImageError, escaped, shown
 from ..format.entries import oddities
-from ..format.snapshots import Snapshot, Table, date
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot, date
 from ..image.image import Image
 from ..serve.exports import exports_of
 from ..tables.sharing import picture

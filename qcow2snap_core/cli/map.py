@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from ..format.snapshots import Choice, choose
-from ..image.disk import Disk, Extent, Piece, checked
+from ..format.choosing import Choice, choose
+from ..image.disk import Disk
+from ..image.extents import Extent, MappedRange, joined
+from ..image.guard import confirmed
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
 from ..tables.sharing import picture
@@ -52,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.snapshot is None:
         args.usage_error("the following arguments are required: SNAPSHOT")
     with open_from(args, data=False) as image:
-        pieces = _merged(disk_named(image, str(args.snapshot)))
+        ranges = _merged(disk_named(image, str(args.snapshot)))
         if args.json:
-            print_json(_object(piece) for piece in pieces)
+            print_json(_object(found) for found in ranges)
         else:
-            for piece in pieces:
-                host = "" if piece.host is None else f"  {piece.host}"
-                print(f"{map_line(Extent(*piece[:3])):35}{host}".rstrip())
+            for found in ranges:
+                host = "" if found.host is None else f"  {found.host}"
+                print(f"{map_line(Extent(*found[:3])):35}{host}".rstrip())
     return 0
 
 
@@ -75,31 +77,20 @@ def _print_svg(image: Image, name: str | None) -> None:
         print(line.encode("ascii", "xmlcharrefreplace").decode())
 
 
-def _merged(disk: Disk) -> Iterator[Piece]:
-    """Neighbours of one type are one piece where they are neighbours in the file as well."""
-    last: Piece | None = None
-    for offset, length, kind, host, how, _ in checked(disk.cells(0, disk.size), disk):
-        # A stream is shorter than what it decodes to: nothing goes on behind it.
-        whole = how == COMPRESSED
-        if (
-            last is not None
-            and kind == last.type
-            and not whole
-            and host == (None if last.host is None else last.host + last.length)
-        ):
-            last = last._replace(length=last.length + length)
-            continue
-        if last is not None:
-            yield last
-        last = Piece(offset, length, kind, host)
-        if whole:
-            yield last
-            last = None
-    if last is not None:
-        yield last
+def _merged(disk: Disk) -> Iterator[MappedRange]:
+    """Neighbours of one type are one range where they are neighbours in the file as well."""
+    return joined(confirmed(disk.ranges(0, disk.size), disk), _goes_on_in_the_file)
 
 
-def _object(piece: Piece) -> dict[str, object]:
-    found: dict[str, object] = {**piece._asdict(), "description": WORDS[piece.type]}
-    host = found.pop("host")
-    return found if host is None else {**found, "host": host}
+def _goes_on_in_the_file(last: MappedRange, following: MappedRange) -> bool:
+    # A stream is shorter than what it decodes to: nothing goes on behind it.
+    if COMPRESSED in (last.kind, following.kind) or last.type != following.type:
+        return False
+    return following.host == (None if last.host is None else last.host + last.length)
+
+
+def _object(found: MappedRange) -> dict[str, object]:
+    kind, host = found.type, found.host
+    object_: dict[str, object] = {"offset": found.offset, "length": found.length, "type": kind}
+    object_["description"] = WORDS[kind]
+    return object_ if host is None else {**object_, "host": host}

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from ..errors import UsageError, escaped
 from ..files.volumes import described, parts, whole
-from ..format.snapshots import Choice, choose
+from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
 from ..util.interrupts import deferred
 from .common import add_image_options, open_from

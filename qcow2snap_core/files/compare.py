@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Final, NamedTuple
 
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from .tree import MOST_ENTRIES, Filesystem, Kind, Node, walk
 
@@ -82,7 +82,7 @@ def _is_other(
     if not _wants_reading(a, b, content):
         return a.kind is Kind.FILE and a.size != b.size
     for x, y in zip_longest(_blocks(old, a), _blocks(new, b)):
-        check()
+        raise_if_interrupted()
         advance(_BLOCK)
         if x != y:
             return True

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from ..errors import UsageError, escaped, reason, shown
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import progress
 from ..util.units import binary
 from .tree import MOST_ENTRIES, Filesystem, Kind, Node, Unreadable, is_safe, walk
@@ -91,7 +91,7 @@ def _plan(fs: Filesystem, top: Node, name: bytes, root: int, limits: Limits, say
     if not is_safe(name):
         raise UsageError(f"{shown(name)} cannot be the name of a file: say --as NAME")
     for path, node in _all(entries[0], fs, limits.files):
-        check()
+        raise_if_interrupted()
         if path[:-1] in unsafe:
             unsafe.add(path)
             continue
@@ -200,7 +200,7 @@ class _Writer:
         files = done = 0
         directories = []
         for path, node in plan.entries:
-            check()
+            raise_if_interrupted()
             with _directory(self._root, path[:-1]) as folder:
                 if node.kind is Kind.DIRECTORY:
                     with suppress(FileExistsError):
@@ -272,7 +272,7 @@ class _Writer:
     def _content(self, fd: int, node: Node) -> int:
         written = 0
         for offset, piece in self._fs.chunks(node):
-            check()
+            raise_if_interrupted()
             view, at = memoryview(piece), 0
             while at < len(view):
                 at += os.pwrite(fd, view[at:], offset + at)

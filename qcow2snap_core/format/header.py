@@ -76,6 +76,17 @@ def read_header(storage: Storage) -> Header:
 
     # A file without a size may be one of /proc, and never end.
     start = storage.read(q.HEADER_V3_LENGTH + 8, 0) if storage.size() else b""
+    header = _fixed_fields(start, bad)
+    name, name_offset = _backing_file(storage, header, start, bad)
+    end = name_offset or header.cluster_size
+    area = storage.read(max(0, end - header.header_length), header.header_length)
+    header = header._replace(backing_file=name, extensions=dict(_extensions(area, bad)))
+    _check_features(header, bad)
+    return header
+
+
+def _fixed_fields(start: bytes, bad: Bad) -> Header:
+    """What stands at fixed places, in the first bytes of the file."""
     if start[:4] != q.MAGIC:
         raise bad("not a qcow2 image (qemu-img info tells what it is)")
     if len(start) < q.HEADER_V2_LENGTH:
@@ -87,37 +98,6 @@ def read_header(storage: Storage) -> Header:
         raise bad(f"cluster_bits is {v2.cluster_bits}, the format allows 9 to 21")
     if v2.crypt_method not in (q.CRYPT_NONE, q.CRYPT_AES, q.CRYPT_LUKS):
         raise bad(f"encryption method {v2.crypt_method} is unknown")
-
-    incompatible = autoclear = compression = 0
-    refcount_order, header_length = 4, q.HEADER_V2_LENGTH
-    if v2.version == 3:
-        if len(start) < q.HEADER_V3_LENGTH:
-            raise bad(f"the file ends inside the qcow2 header, after {len(start)} bytes")
-        v3 = q.HEADER_V3.parse(start[q.HEADER_V2_LENGTH :])
-        header_length = v3.header_length
-        if not q.HEADER_V3_LENGTH <= header_length <= 1 << v2.cluster_bits:
-            raise bad(f"header_length is {header_length}, which is not from 104 to a cluster")
-        incompatible, autoclear = v3.incompatible_features, v3.autoclear_features
-        refcount_order = v3.refcount_order
-        if header_length > q.HEADER_V3_LENGTH and len(start) > q.HEADER_V3_LENGTH:
-            compression = start[q.HEADER_V3_LENGTH]
-
-    name_offset, name_size = v2.backing_file_offset, v2.backing_file_size
-    backing_file = None
-    if name_offset:
-        if name_size > q.MAX_BACKING_NAME or name_offset + name_size > 1 << v2.cluster_bits:
-            raise bad(
-                f"the backing file's name ({name_size} bytes at {name_offset:#x}) "
-                f"does not fit in the first cluster"
-            )
-        if name_offset < header_length and name_size:
-            raise bad(f"the backing file's name at {name_offset:#x} overlaps the header")
-        backing_file = storage.read(name_size, name_offset) or None
-        if backing_file is not None and len(backing_file) < name_size:
-            raise bad("the file ends inside the backing file's name")
-
-    end = name_offset or 1 << v2.cluster_bits
-    extensions = dict(_extensions(storage.read(max(0, end - header_length), header_length), bad))
     header = Header(
         version=v2.version,
         cluster_bits=v2.cluster_bits,
@@ -127,16 +107,50 @@ def read_header(storage: Storage) -> Header:
         l1_table_offset=v2.l1_table_offset,
         refcount_table_offset=v2.refcount_table_offset,
         refcount_table_clusters=v2.refcount_table_clusters,
-        refcount_bits=1 << min(refcount_order, 63),
-        header_length=header_length,
-        incompatible=incompatible,
-        autoclear=autoclear,
-        compression=compression,
-        backing_file=backing_file,
-        extensions=extensions,
+        refcount_bits=16,
+        header_length=q.HEADER_V2_LENGTH,
+        incompatible=0,
+        autoclear=0,
+        compression=q.COMPRESSION_ZLIB,
+        backing_file=None,
+        extensions={},
     )
-    _check_features(header, bad)
-    return header
+    if v2.version == 2:
+        return header
+    if len(start) < q.HEADER_V3_LENGTH:
+        raise bad(f"the file ends inside the qcow2 header, after {len(start)} bytes")
+    v3 = q.HEADER_V3.parse(start[q.HEADER_V2_LENGTH :])
+    if not q.HEADER_V3_LENGTH <= v3.header_length <= header.cluster_size:
+        raise bad(f"header_length is {v3.header_length}, which is not from 104 to a cluster")
+    longer = v3.header_length > q.HEADER_V3_LENGTH and len(start) > q.HEADER_V3_LENGTH
+    return header._replace(
+        refcount_bits=1 << min(v3.refcount_order, 63),
+        header_length=v3.header_length,
+        incompatible=v3.incompatible_features,
+        autoclear=v3.autoclear_features,
+        compression=start[q.HEADER_V3_LENGTH] if longer else q.COMPRESSION_ZLIB,
+    )
+
+
+def _backing_file(
+    storage: Storage, header: Header, start: bytes, bad: Bad
+) -> tuple[bytes | None, int]:
+    """The backing file's name, and where that is or 0."""
+    v2 = q.HEADER_V2.parse(start)
+    offset, size = v2.backing_file_offset, v2.backing_file_size
+    if not offset:
+        return None, 0
+    if size > q.MAX_BACKING_NAME or offset + size > header.cluster_size:
+        raise bad(
+            f"the backing file's name ({size} bytes at {offset:#x}) "
+            f"does not fit in the first cluster"
+        )
+    if offset < header.header_length and size:
+        raise bad(f"the backing file's name at {offset:#x} overlaps the header")
+    name = storage.read(size, offset) or None
+    if name is not None and len(name) < size:
+        raise bad("the file ends inside the backing file's name")
+    return name, offset
 
 
 _SUPPORTED = q.INCOMPAT_DIRTY | q.INCOMPAT_DATA_FILE | q.INCOMPAT_COMPRESSION | q.INCOMPAT_EXTL2

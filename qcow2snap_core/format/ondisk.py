@@ -181,8 +181,8 @@ MAX_DISK_SIZE: Final = 2**63 - 512  # what NBD can say, in whole sectors
 
 def integers(raw: bytes | bytearray, kind: str = "Q") -> array[int]:
     """The numbers of a table, as an array of that type; a last one that is cut short is dropped."""
-    found = array(kind)
-    found.frombytes(memoryview(raw)[: len(raw) // found.itemsize * found.itemsize])
+    numbers = array(kind)
+    numbers.frombytes(memoryview(raw)[: len(raw) // numbers.itemsize * numbers.itemsize])
     if sys.byteorder == "little":
-        found.byteswap()
-    return found
+        numbers.byteswap()
+    return numbers

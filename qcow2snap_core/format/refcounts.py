@@ -122,10 +122,10 @@ def _spread(raw: bytes, width: int) -> bytearray:
     """Refcounts of less than a byte; the first is in the lowest bits."""
     each = 8 // width
     mask = (1 << width) - 1
-    found = bytearray(len(raw) * each)
+    counts = bytearray(len(raw) * each)
     for i in range(each):
-        found[i::each] = raw.translate(bytes(b >> i * width & mask for b in range(256)))
-    return found
+        counts[i::each] = raw.translate(bytes(b >> i * width & mask for b in range(256)))
+    return counts
 
 
 def past_end(storage: Storage, cluster: int) -> int:

@@ -26,7 +26,7 @@ from typing import IO, Final
 from ..errors import StorageError, UsageError, escaped, shown
 from ..format.snapshots import Snapshot
 from ..image.image import Image
-from ..util.interrupts import check, wait_for
+from ..util.interrupts import raise_if_interrupted, wait_for
 from .filesystems import prepare, reader
 from .nbdkit import keys, missing, nbdkit_to_run
 
@@ -163,7 +163,7 @@ class _Program:
 
         What the program says later goes to our own standard error, unless ``quiet``."""
         while not os.path.ismount(directory):
-            check()
+            raise_if_interrupted()
             status = self._process.poll()
             if status == 0:
                 return False

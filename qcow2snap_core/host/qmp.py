@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ..errors import Error, reason, shown
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 
 _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
 _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
@@ -83,7 +83,7 @@ class _JsonSocket:
         deadline = time.monotonic() + self._timeout
         while b"\n" not in received[-1] and length < _LONGEST_LINE:
             if self._interruptible:
-                check()
+                raise_if_interrupted()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from ..errors import Error, UsageError, shown
-from ..image.image import open_image
+from ..image.opener import open_image
 from .nbdkit import nbdkit
 from .qmp import FrozenGuest, Qmp
 

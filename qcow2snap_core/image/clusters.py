@@ -91,8 +91,8 @@ class Clusters:
         self._sectors_mask = (1 << cluster_bits - 8) - 1
 
     def description(self) -> tuple[Any, ...] | None:
-        """What :mod:`.native` tells the engine of the data: a descriptor, the decoded clusters,
-        and how standard ones are encrypted; None where it cannot read that."""
+        """What :mod:`.native` tells the engine of the data: a file descriptor, the decoded
+        clusters, and how standard ones are encrypted; None where it cannot read that."""
         fd = self._data.plain_fd
         return None if fd is None else (fd, self._cache.items, False, None)
 
@@ -104,7 +104,7 @@ class Clusters:
             raise self._past_end(host, _end(self._data, host, got))
 
     def read_compressed(
-        self, view: memoryview, entry: int, token: int, guest: int, within: int
+        self, view: memoryview, descriptor: int, token: int, guest: int, within: int
     ) -> None:
         """Fill ``view`` from byte ``within`` of the compressed cluster at guest offset ``guest``,
         decoding it unless it is in the cache.
@@ -118,20 +118,22 @@ class Clusters:
             return
         with self._turn:  # until the cluster is let go of again
             if len(view) == self._size:
-                self._decode(entry, lambda stream: self._codec.decode_into(stream, view))
+                self._decode(descriptor, lambda stream: self._codec.decode_into(stream, view))
             else:
-                view[:] = memoryview(self._load(entry, token, guest))[within : within + len(view)]
+                view[:] = memoryview(self._load(descriptor, token, guest))[
+                    within : within + len(view)
+                ]
 
-    def load(self, entry: int, token: int, guest: int) -> bytearray:
+    def load(self, descriptor: int, token: int, guest: int) -> bytearray:
         """The decoded cluster, which the cache then holds."""
         with self._turn:
-            return self._load(entry, token, guest)
+            return self._load(descriptor, token, guest)
 
     def will_need(self, host: int, length: int) -> None:
         """Start to fetch standard clusters from the disk."""
         self._data.will_need(host, length)
 
-    def locate(self, compressed: bool, host: int, length: int) -> int:
+    def locate(self, compressed: bool, location: int, length: int) -> int:
         """The host offset of a run's bytes, once it is sure that the file reaches that far; of a
         compressed cluster, that its stream begins in the file.
 
@@ -140,10 +142,10 @@ class Clusters:
         """
         if not compressed:
             end = self._data.size()
-            if host + length > end and not self._data.read(1, host + length - 1):
-                raise self._past_end(host, self._data.size())
-            return host
-        offset, length = self.stream(host)
+            if location + length > end and not self._data.read(1, location + length - 1):
+                raise self._past_end(location, self._data.size())
+            return location
+        offset, length = self.stream(location)
         self._check_start(offset)
         if offset >= self._file.size() and not self._file.read(1, offset):
             raise _stream_past_end(offset, self._file.size())
@@ -151,15 +153,15 @@ class Clusters:
 
     # --- Inside ---
 
-    def _load(self, entry: int, token: int, guest: int) -> bytearray:
+    def _load(self, descriptor: int, token: int, guest: int) -> bytearray:
         def decoded() -> bytearray:
-            return self._decode(entry, lambda stream: self._codec.decode(stream, self._size))
+            return self._decode(descriptor, lambda stream: self._codec.decode(stream, self._size))
 
         return self._cache.load((token, guest), decoded, self._size)
 
-    def _decode(self, entry: int, decode: Callable[[bytes], _T]) -> _T:
+    def _decode(self, descriptor: int, decode: Callable[[bytes], _T]) -> _T:
         """What ``decode`` makes of the stream; its errors say where that is."""
-        offset, length = self.stream(entry)
+        offset, length = self.stream(descriptor)
         self._check_start(offset)
         stream = self._file.read(length, offset)
         if not stream:
@@ -171,11 +173,11 @@ class Clusters:
             end = f" (cut off at the end of the file, {offset + len(stream)} bytes)" if cut else ""
             raise ImageError(f"the compressed cluster at host offset {offset:#x}: {e}{end}") from e
 
-    def stream(self, entry: int) -> tuple[int, int]:
+    def stream(self, descriptor: int) -> tuple[int, int]:
         """(host offset, length in bytes up to the end of its last sector) of a compressed
-        cluster's stream, from its L2 entry."""
-        offset = entry & self._offset_mask
-        sectors = (entry >> self._offset_bits & self._sectors_mask) + 1
+        cluster's stream."""
+        offset = descriptor & self._offset_mask
+        sectors = (descriptor >> self._offset_bits & self._sectors_mask) + 1
         return offset, sectors * q.SECTOR - offset % q.SECTOR
 
     def _check_start(self, offset: int) -> None:

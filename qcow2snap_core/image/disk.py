@@ -7,110 +7,28 @@ after the bytes have been read, and before anybody sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from time import thread_time_ns
 
-from ..errors import Error, ImageError, StorageError, shown
+from ..errors import Error, ImageError, StorageError
 from ..format import ondisk as q
-from ..storage.local import Buffer, Storage, check_open
-from ..typed import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
+from ..storage.local import Buffer, ensure_open
+from ..typed import TYPE_CHECKING, Final
 from .clusters import Clusters, fill_zeros
-from .guard import Guard
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Work
+from .extents import ALLOCATED, HOLE_ZERO, Extent, MappedRange, merged
+from .guard import Guard, confirmed
+from .layers import Layer
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
+from .tablereader import TableReader
 
 if TYPE_CHECKING:
     from ..format.snapshots import Identity
     from .raw import RawDisk
 
-# Extent types, with the numbers of NBD's base:allocation.
-ALLOCATED: Final = 0
-HOLE_ZERO: Final = 3
-
-
-class Extent(NamedTuple):
-    """A range of one type."""
-
-    offset: int  #: in the disk, bytes
-    length: int
-    type: int  #: ALLOCATED or HOLE_ZERO
-
-
-class Piece(NamedTuple):
-    """A range with where it is from; neighbours may be alike."""
-
-    offset: int
-    length: int
-    type: int
-    host: int | None  #: in the image file itself; None for zeros and for other layers' data
-
-
-#: (offset, length, type, host, kind, entry): a piece, what :mod:`.mapping` calls it, and the host
-#: offset or whole L2 entry that it is known by: equal ones of two snapshots hold the same data.
-Cell = tuple[int, int, int, "int | None", int, int]
-
-
-class Layer(Protocol):
-    """What can lie below: a raw file, or another qcow2 file's active disk."""
-
-    size: int
-
-    @property
-    def below(self) -> Layer | None:
-        """The next one."""
-
-    def description(self) -> LayerDescription | None:
-        """What :mod:`.native` tells the engine of it; None where it cannot read that."""
-
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
-        """Fill the buffer; the range lies inside the layer.  Raises ImageError, StorageError."""
-
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
-        """The range, lazily, or as much of it as the work goes; merging is up to the caller."""
-
-
-class RawLayer:
-    """A raw backing file: its bytes are the disk's, its holes are zeros."""
-
-    below = None
-
-    def __init__(self, storage: Storage) -> None:
-        self.size = storage.size()
-        self._storage = storage
-
-    def description(self) -> LayerDescription | None:
-        fd = self._storage.plain_fd
-        return None if fd is None else (fd, self.size)
-
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
-        got = self._storage.read_into(buffer, offset)
-        if got < len(buffer):
-            raise self._shrunk()
-
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
-        if offset + length > self._storage.size():
-            raise self._shrunk()  # or what is missing would pass for a hole
-        for start, n, hole in self._storage.holes(offset, length):
-            if hole and offset + length > self._storage.size():
-                raise self._shrunk()
-            yield Piece(start, n, HOLE_ZERO if hole else ALLOCATED, None)
-            if work is not None:
-                work.left -= 1
-                if work.left < 0:
-                    return
-
-    def _shrunk(self) -> StorageError:
-        storage = self._storage
-        return StorageError(
-            f"{shown(storage.path)} has only {storage.size()} bytes left of {self.size}"
-        )
-
-
 # A client that asks to have data prefetched need not get all of it.
 _MOST_PREFETCHED: Final = 32 << 20
 _MOST_PREFETCHED_LOOKUPS: Final = 1 << 15
-_BATCH: Final = 4096  # the first one; each is twice as large as the one before
 
 
 class Disk:
@@ -162,27 +80,32 @@ class Disk:
         try:
             self.fill(buffer, offset)
         except (ImageError, StorageError):
-            self._guard.check()  # if it is gone, that is the reason for anything
+            self._guard.confirm()  # if it is gone, that is the reason for anything
             raise
-        self._guard.check()
+        self._guard.confirm()
 
     @property
     def mapping(self) -> Mapping:
-        """Its tables; whoever reads them asks :meth:`check` before believing what they said."""
+        """What lies where; whoever asks it asks :meth:`confirm` before believing the answer."""
         return self._mapping
+
+    @property
+    def tables(self) -> TableReader:
+        """Its tables, which are to be confirmed as well."""
+        return self._mapping.tables
 
     @property
     def identity(self) -> Identity | None:
         """What makes the snapshot this one; None for an active disk."""
         return self._guard.identity
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises SnapshotGone when the snapshot was deleted."""
-        self._guard.check()
+        self._guard.confirm()
 
-    def check_open(self) -> None:
+    def ensure_open(self) -> None:
         """Raises ValueError when the image was closed."""
-        check_open(self._mapping.storage)
+        ensure_open(self.tables.storage)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as ALLOCATED and HOLE_ZERO extents, coalesced, from the tables alone.
@@ -192,8 +115,8 @@ class Disk:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{length} bytes at {offset} are outside the disk of {self.size}")
-        cells = self.cells(offset, length, Work(q.MAX_EXTENT_LOOKUPS))
-        yield from merged(Extent(*cell[:3]) for cell in checked(cells, self))
+        ranges = self.ranges(offset, length, Budget(q.MAX_EXTENT_LOOKUPS))
+        yield from merged(Extent(m[0], m[1], m[2]) for m in confirmed(ranges, self))
 
     @property
     def reach(self) -> int:
@@ -209,7 +132,7 @@ class Disk:
     def own(self) -> Iterator[Extent]:
         """What this layer says itself, in order; what it leaves to the one below is left out.
         Raises as :meth:`pread_into`."""
-        for kind, _, guest, n in checked(self._runs(0, self.size), self) if self.size else ():
+        for guest, n, kind, _ in confirmed(self._runs(0, self.size), self) if self.size else ():
             if kind != UNALLOCATED:
                 yield Extent(guest - self._base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
@@ -217,14 +140,14 @@ class Disk:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
             length = min(length, _MOST_PREFETCHED)
-            work = Work(_MOST_PREFETCHED_LOOKUPS)
-            for kind, host, guest, n in self._mapping.runs(self._base + offset, length, work):
+            budget = Budget(_MOST_PREFETCHED_LOOKUPS)
+            for guest, n, kind, location in self._mapping.runs(self._base + offset, length, budget):
                 if kind == DATA:
-                    self._clusters.will_need(host, n)
+                    self._clusters.will_need(location, n)
                 elif kind == COMPRESSED:
                     began = thread_time_ns()
-                    self._clusters.load(host, self._mapping.token, guest & -self.cluster_size)
-                    work.took(began)
+                    self._clusters.load(location, self._mapping.token, guest & -self.cluster_size)
+                    budget.spend_since(began)
         except Error:
             return
 
@@ -243,24 +166,25 @@ class Disk:
         fd, *clusters = data
         return fd, self.size, *self._mapping.description(), self._base, *clusters
 
-    def fill(self, buffer: Buffer, offset: int, work: Work | None = None) -> None:
+    def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         length = len(buffer)
         guest = self._base + offset
-        if work is not None:
-            work.left -= 1
+        if budget is not None:
+            budget.remaining -= 1
         try:
-            kind, host, n = self._mapping.run(guest, length, work)
+            n, kind, location = self._mapping.run(guest, length, budget)
             if n == length:
-                self._fill_run(buffer, kind, host, guest, work)
+                self._fill_run(buffer, guest, kind, location, budget)
                 return
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
         view = memoryview(buffer).cast("B")
-        work = work or Work(q.MAX_LOOKUPS)
+        budget = budget or Budget(q.MAX_LOOKUPS)
         start = guest
-        for kind, host, guest, n in self._runs(offset, length, work):
+        for guest, n, kind, location in self._runs(offset, length, budget):
             try:
-                self._fill_run(view[guest - start : guest - start + n], kind, host, guest, work)
+                wanted = view[guest - start : guest - start + n]
+                self._fill_run(wanted, guest, kind, location, budget)
             except (ImageError, StorageError) as e:
                 raise self._located(e, guest) from e
         if guest + n < start + length:
@@ -269,52 +193,50 @@ class Disk:
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
 
-    def pieces(self, offset: int, length: int, work: Work | None = None) -> Iterator[Piece]:
-        for cell in self.cells(offset, length, work):
-            yield Piece(*cell[:4])
-
-    def cells(self, offset: int, length: int, work: Work | None = None) -> Iterator[Cell]:
-        """The pieces of a range with all that the tables say of them."""
+    def ranges(
+        self, offset: int, length: int, budget: Budget | None = None
+    ) -> Iterator[MappedRange]:
         if not length:
             return
-        for kind, entry, guest, n in self._runs(offset, length, work):
+        for guest, n, kind, location in self._runs(offset, length, budget):
             start = guest - self._base
             if kind in (DATA, COMPRESSED):
                 try:
-                    host = self._clusters.locate(kind == COMPRESSED, entry, n)
+                    host = self._clusters.locate(kind == COMPRESSED, location, n)
                 except ImageError as e:
                     raise self._located(e, guest) from e
-                yield start, n, ALLOCATED, host, kind, entry
+                yield MappedRange(start, n, ALLOCATED, host, kind, location)
             elif kind == ZERO or self._below is None:
-                yield start, n, HOLE_ZERO, None, kind, 0
+                yield MappedRange(start, n, HOLE_ZERO, None, kind, 0)
             else:
                 inside = max(0, min(n, self._below.size - start))
                 if inside:
-                    for piece in self._below.pieces(start, inside, work):
-                        if work is not None:
-                            work.left -= 1  # each layer above that it goes through costs as much
-                        yield piece.offset, piece.length, piece.type, None, kind, 0
-                    if work is not None and work.left < 0:
+                    for mapped in self._below.ranges(start, inside, budget):
+                        if budget is not None:
+                            # Each layer above that it goes through costs as much.
+                            budget.remaining -= 1
+                        yield MappedRange(*mapped[:3], None, kind, 0)
+                    if budget is not None and budget.remaining < 0:
                         return
                 if inside < n:
-                    yield start + inside, n - inside, HOLE_ZERO, None, kind, 0
+                    yield MappedRange(start + inside, n - inside, HOLE_ZERO, None, kind, 0)
 
     # --- Inside ---
 
     def _fill_run(
-        self, buffer: Buffer, kind: int, entry: int, guest: int, work: Work | None
+        self, buffer: Buffer, guest: int, kind: int, location: int, budget: Budget | None
     ) -> None:
         """Fill a buffer from one run of the mapping."""
         if kind == DATA:
-            self._clusters.read(buffer, entry, guest)
+            self._clusters.read(buffer, location, guest)
         elif kind == COMPRESSED:
-            began = 0 if work is None else thread_time_ns()
+            began = 0 if budget is None else thread_time_ns()
             within = guest & (self.cluster_size - 1)
             view = memoryview(buffer).cast("B")
             token = self._mapping.token
-            self._clusters.read_compressed(view, entry, token, guest - within, within)
-            if work is not None:
-                work.took(began)
+            self._clusters.read_compressed(view, location, token, guest - within, within)
+            if budget is not None:
+                budget.spend_since(began)
         elif kind == UNALLOCATED and self._below is not None:
             offset = guest - self._base
             inside = max(0, min(len(buffer), self._below.size - offset))
@@ -323,70 +245,25 @@ class Disk:
                 fill_zeros(buffer[inside:])
                 buffer = buffer[:inside]
             if inside:
-                self._below.fill(buffer, offset, work)
+                self._below.fill(buffer, offset, budget)
         else:
             fill_zeros(memoryview(buffer).cast("B"))
 
     def _runs(
-        self, offset: int, length: int, work: Work | None = None
+        self, offset: int, length: int, budget: Budget | None = None
     ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
         guest = self._base + offset
         try:
-            for run in self._mapping.runs(guest, length, work):
+            for run in self._mapping.runs(guest, length, budget):
                 yield run
-                guest = run[2] + run[3]
+                guest = run[0] + run[1]
         except (ImageError, StorageError) as e:
             raise self._located(e, guest) from e
 
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        found = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
-        found.located = e.located or str(found)
-        return found
-
-
-def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same ranges, neighbours of one type as one."""
-    last: Extent | None = None
-    for extent in extents:
-        if last is not None and (last.offset + last.length, last.type) == extent[::2]:
-            last = Extent(last.offset, last.length + extent.length, last.type)
-            continue
-        if last is not None:
-            yield last
-        last = extent
-    if last is not None:
-        yield last
-
-
-_T = TypeVar("_T")
-
-
-def checked(found: Iterator[_T], *disks: Disk) -> Iterator[_T]:
-    """The same items, none of them handed out before all disks were asked if they still exist.
-
-    Those before a damaged table are handed out first, then its error is raised.
-    """
-    size = _BATCH
-    files = {disk.mapping.storage for disk in disks}
-    while True:
-        damage: Error | None = None
-        batch: list[_T] = []
-        try:
-            batch.extend(islice(found, size))
-        except (ImageError, StorageError) as e:
-            damage = e
-        for disk in disks:
-            disk.check()  # if one is gone, that is the reason for anything
-        for item in batch:
-            for file in files:
-                if file.closed:
-                    check_open(file)
-            yield item
-        if damage is not None:
-            raise damage
-        if len(batch) < size:
-            return
-        size *= 2  # for a hostile image a check may cost a tenth of a second
+        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
+        located.located = e.located or str(located)
+        return located

@@ -18,21 +18,26 @@ standing behind its end.
 When either differs, the table is read again and the snapshot looked up by its identity.
 docs/live.md has the whole argument.
 
-Who reads the tables of many snapshots asks once for them all: the proof then reaches to the end of
-the last one's entry.  One guard for each would read the table as often as it has entries.
+Who reads the tables of many snapshots asks once for them all: the fingerprint then reaches to the
+end of the last one's entry.  One guard for each would read the table as often as it has entries.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from threading import Lock
 
-from ..errors import ImageError, SnapshotGone, escaped, shown
+from ..errors import Error, ImageError, SnapshotGone, StorageError, escaped, shown
 from ..format import ondisk as q
-from ..format.snapshots import Identity, Proof, Snapshot, Table, date, read_table_once
-from ..storage.local import Pieces, Storage, check_open
-from ..typed import Final, Protocol
+from ..format.snapshot_table import Table, TableFingerprint, read_table_once
+from ..format.snapshots import Identity, Snapshot, date
+from ..storage.local import ExpectedBytes, Storage, ensure_open
+from ..typed import TYPE_CHECKING, Final, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from .disk import Disk
 
 # A table that is being changed settles within a write and a flush; one that stays damaged must
 # not hold up its readers for long, since each of them asks again.
@@ -42,10 +47,14 @@ _PAUSE: Final = 0.005
 # A header that is half old and half new can look whole twice in a row if the writer was
 # interrupted between the halves; so a snapshot is gone only when it is missing for this long.
 _MISSING_FOR: Final = 4  # consistent tables in a row
+# What is confirmed at a time: little at first, for who asks for one extent, and always more, since
+# for a hostile image it may cost a tenth of a second.
+_FIRST_BATCH: Final = 16
+_LARGE_BATCH: Final = 4096
 
 
 #: Is told what the file holds while the snapshot is there, or None when it has to be asked.
-Expect = Callable[[Pieces | None], object]
+Expect = Callable[[ExpectedBytes | None], object]
 
 
 class Guard(Protocol):
@@ -62,8 +71,9 @@ class Guard(Protocol):
     def tell(self, expect: Expect) -> None:
         """Keep a native reader informed, which then compares by itself."""
 
-    def check(self) -> None:
-        """Raises SnapshotGone, or ImageError when it cannot be told."""
+    def confirm(self) -> None:
+        """Raises SnapshotGone when what was read does not hold, ImageError when that cannot be
+        told."""
 
 
 class Unguarded:
@@ -78,9 +88,9 @@ class Unguarded:
     def tell(self, expect: Expect) -> None:
         """Never called: there is nothing to compare."""
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises ValueError when the file was closed: zeros are read without a look at it."""
-        check_open(self._storage)
+        ensure_open(self._storage)
 
 
 class SnapshotGuard:
@@ -95,24 +105,28 @@ class SnapshotGuard:
         self._lock = Lock()
         self._gone: str | None = None
         # Replaced as a whole, since other threads compare with it meanwhile.
-        self._proof: Proof | None = None
+        self._fingerprint: TableFingerprint | None = None
         # The header's fields and the damage that were waited for in vain.
         self._lasting: tuple[bytes, str | None] | None = None
         self._expect: Expect | None = None
 
     def tell(self, expect: Expect) -> None:
         self._expect = expect
-        self._believe(self._proof)
+        self._believe(self._fingerprint)
 
-    def _believe(self, proof: Proof | None) -> None:
-        self._proof = proof
+    def _believe(self, fingerprint: TableFingerprint | None) -> None:
+        self._fingerprint = fingerprint
         if self._expect is not None:
-            self._expect(proof.pieces if proof is not None and proof.digest is None else None)
+            self._expect(
+                fingerprint.expected
+                if fingerprint is not None and fingerprint.digest is None
+                else None
+            )
 
-    def check(self) -> None:
+    def confirm(self) -> None:
         """Raises SnapshotGone when one of them is, ImageError when it cannot be told."""
-        proof = self._proof
-        if self._gone is None and proof is not None and proof.holds(self._storage):
+        fingerprint = self._fingerprint
+        if self._gone is None and fingerprint is not None and fingerprint.holds(self._storage):
             return
         if self._wanted:
             self._look_again()
@@ -127,9 +141,9 @@ class SnapshotGuard:
                 if self._gone is not None:
                     raise SnapshotGone(self._gone)
                 table = read_table_once(self._storage, self._wanted)
-                if not table.torn:
-                    if table.proof is not None:
-                        self._believe(table.proof)
+                if not table.changed_during_read:
+                    if table.fingerprint is not None:
+                        self._believe(table.fingerprint)
                         return
                     missing = 0 if table.damage else missing + 1
                     damaged = damaged + 1 if table.damage else 0
@@ -158,3 +172,34 @@ class SnapshotGuard:
         missing = (s for s in self._snapshots if s.identity not in there)
         s = next(missing, self._snapshots[0])
         return f"snapshot {escaped(s.id)} {shown(s.name)} of {date(s)}"
+
+
+_T = TypeVar("_T")
+
+
+def confirmed(items: Iterator[_T], *disks: Disk) -> Iterator[_T]:
+    """The same items, none of them handed out before all disks were asked if they still exist.
+
+    Those before a damaged table are handed out first, then its error is raised.
+    """
+    size = _FIRST_BATCH
+    files = {disk.tables.storage for disk in disks}
+    while True:
+        damage: Error | None = None
+        batch: list[_T] = []
+        try:
+            batch.extend(islice(items, size))
+        except (ImageError, StorageError) as e:
+            damage = e
+        for disk in disks:
+            disk.confirm()  # if one is gone, that is the reason for anything
+        for item in batch:
+            for file in files:
+                if file.closed:
+                    ensure_open(file)
+            yield item
+        if damage is not None:
+            raise damage
+        if len(batch) < size:
+            return
+        size *= 8 if size < _LARGE_BATCH else 2

@@ -16,8 +16,8 @@ from .._native import loaded
 from ..typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .disk import Layer
     from .guard import Guard
+    from .layers import Layer
 
 #: One layer as the engine's layer_init takes it: descriptor and size, and for a qcow2 file more.
 LayerDescription = tuple[Any, ...]

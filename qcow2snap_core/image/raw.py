@@ -28,18 +28,18 @@ class RawDisk(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         """Fill the buffer from the present position; fewer bytes at the end of the disk."""
-        self._check_open()
+        self._ensure_open()
         view = memoryview(buffer).cast("B")
         n = max(0, min(len(view), self._disk.size - self._position))
         if n:
             self._disk.pread_into(view[:n], self._position)
         else:
-            self._disk.check()  # nothing is read, but a deleted snapshot has no end either
+            self._disk.confirm()  # nothing is read, but a deleted snapshot has no end either
         self._position += n
         return n
 
     def readall(self) -> bytes:
-        self._check_open()
+        self._ensure_open()
         rest = max(0, self._disk.size - self._position)
         return self.read(rest) or b""
 
@@ -48,7 +48,7 @@ class RawDisk(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position, which may lie past the end, and return it."""
-        self._check_open()
+        self._ensure_open()
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}
         if whence not in start:
             raise ValueError(f"whence is {whence}, not SEEK_SET, SEEK_CUR or SEEK_END")
@@ -58,10 +58,10 @@ class RawDisk(io.RawIOBase):
         return self._position
 
     def tell(self) -> int:
-        self._check_open()
+        self._ensure_open()
         return self._position
 
-    def _check_open(self) -> None:
+    def _ensure_open(self) -> None:
         if self.closed:
             raise ValueError("the file object is closed")
-        self._disk.check_open()
+        self._disk.ensure_open()

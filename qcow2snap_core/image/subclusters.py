@@ -12,7 +12,7 @@ from typing import Final
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping, Run, Work, alike
+from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping, Run, count_continuing
 
 _ALL: Final = (1 << q.SUBCLUSTERS) - 1
 _UNIFORM: Final = {DATA: _ALL, ZERO: _ALL << q.SUBCLUSTERS, UNALLOCATED: 0}
@@ -24,23 +24,21 @@ _AHEAD: Final = 512
 class SubclusterMapping(Mapping):
     """The tables of an image with extended L2 entries."""
 
-    _entry_bits = 4  # 16 bytes
-
-    def run(self, offset: int, length: int, work: Work | None = None) -> Run:
+    def run(self, offset: int, length: int, budget: Budget | None = None) -> Run:
         """As :meth:`.Mapping.run`, by subclusters."""
         index = offset >> self._bits
         table = self._cache.get((self.token, index >> self._slice_bits))
         if table is None:
-            table = self._load(index >> self._slice_bits, work)
+            table = self._load(index >> self._slice_bits, budget)
         at = index & self._slice_mask
         within = offset & (self.cluster_size - 1)
         try:
             entry, bitmap = table[2 * at], table[2 * at + 1]
         except IndexError:
-            return self._no_entry(table, offset, length, work)
+            return self._no_entry(table, offset, length, budget)
         host, allocated = self._offset(entry)
         if allocated is None:
-            return COMPRESSED, entry, min(self.cluster_size - within, length)
+            return min(self.cluster_size - within, length), COMPRESSED, entry
         kind, have = self._subclusters(bitmap, within, allocated)
         if have < length and within + have == self.cluster_size:
             ahead = -(-(length - have) >> self._bits)
@@ -48,10 +46,10 @@ class SubclusterMapping(Mapping):
             entries = table[2 * at + 2 : 2 * stop : 2]
             bitmaps = table[2 * at + 3 : 2 * stop : 2]
             step = self.cluster_size if allocated else 0
-            more = alike(entries, 0, len(entries), entry, step)
+            more = count_continuing(entries, 0, len(entries), entry, step)
             uniform = _UNIFORM[kind]
-            have += alike(bitmaps, 0, more, uniform, 0) << self._bits
-        return kind, host + within if kind == DATA else 0, min(have, length)
+            have += count_continuing(bitmaps, 0, more, uniform, 0) << self._bits
+        return min(have, length), kind, host + within if kind == DATA else 0
 
     def _offset(self, entry: int) -> tuple[int, bool | None]:
         """(host offset, whether there is one) of an entry; None for a compressed cluster."""
@@ -60,7 +58,7 @@ class SubclusterMapping(Mapping):
         if entry & q.OFLAG_COMPRESSED:
             self._no_compressed_in_data_file()
             return 0, None
-        if entry & self._odd:
+        if entry & self._other_bits:
             if entry & ~q.OFFSET_MASK:
                 raise ImageError(f"the L2 entry {entry:#018x} has reserved bits set")
             raise ImageError(f"an L2 entry holds the unaligned host offset {entry:#x}")

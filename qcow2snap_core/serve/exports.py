@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..errors import UsageError, escaped, shown
-from ..format.snapshots import Snapshot, date, summary
+from ..format.choosing import summary
+from ..format.snapshots import Snapshot, date
 from ..typed import Final, NamedTuple
 from ..util.units import binary
 
@@ -47,17 +48,17 @@ def exports_of(snapshots: Sequence[Snapshot]) -> list[Export]:
             disks[s.name] = s
         elif ids[s.id] is s and _usable(s.id):
             disks[s.id] = s
-    found: list[Export] = []
+    exports: list[Export] = []
     taken = set(disks)
     for name, s in disks.items():
-        found.append(Export(name, s))
+        exports.append(Export(name, s))
         if s.vm_state_size:
             for state in (name + VM_STATE, s.id + VM_STATE):
                 if state not in taken and _usable(state):
                     taken.add(state)
-                    found.append(Export(state, s, vm_state=True))
+                    exports.append(Export(state, s, vm_state=True))
                     break
-    return found
+    return exports
 
 
 def default(exports: Iterable[Export]) -> str | None:

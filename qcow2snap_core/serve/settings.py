@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..errors import UsageError, escaped
-from ..format.snapshots import Choice
-from ..image.image import BACKING_FORMATS, Image, Options, open_image
+from ..format.choosing import Choice
+from ..image.image import Image
+from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.libnbd import absolute, is_uri
 from ..storage.local import from_here
 from ..typed import Final

@@ -18,7 +18,7 @@ def libnbd() -> Any:
     return nbd
 
 
-def said(error: Any, uri: str = "") -> str:
+def message_of(error: Any, uri: str = "") -> str:
     """What one of its errors says, without the name of the C function, nor what is secret in the
     URI: one that it cannot parse it repeats."""
     text = str(error.string).partition(": ")[2] or str(error.string)
@@ -27,9 +27,9 @@ def said(error: Any, uri: str = "") -> str:
 
 def is_uri(path: str) -> bool:
     """Whether it names an NBD export rather than a file.  ``./nbd://x`` is a file."""
-    scheme, found, _ = path.partition("://")
+    scheme, separator, _ = path.partition("://")
     name, plus, transport = scheme.partition("+")
-    if not found or name not in ("nbd", "nbds"):
+    if not separator or name not in ("nbd", "nbds"):
         return False
     return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
 

@@ -7,7 +7,7 @@ touched, and nobody can exchange the file between the check and the open.
 
 A regular file is read through the page cache, which QEMU's own writes keep coherent in every
 cache mode.  A block device is not: when QEMU writes it with O_DIRECT, another process's cached
-pages of it may stay stale, so it is read with O_DIRECT as well, through aligned buffers.
+pages of it may stay stale, so it is read with O_DIRECT as well (:mod:`.blockdevice`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from ..errors import Error, StorageError, UsageError, reason, shown
-from ..typed import TYPE_CHECKING, Any, Final, Protocol
-from ..util.pool import Pool
-
-if TYPE_CHECKING:
-    import mmap
+from ..typed import Any, Final, Protocol
 
 Buffer = Any  # a writable, contiguous bytes-like object; typing.Buffer is newer than Python 3.11
 
 
-Pieces = tuple[tuple[bytes, int], ...]  # (content, host offset)
+# In place of a filesystem's number, in what says which file it is.
+DEVICE: Final = -1
+REMOTE: Final = -2  # followed by a number of our own: it may be any file
+
+ExpectedBytes = tuple[tuple[bytes, int], ...]  # (content, host offset)
 
 
 class Storage(Protocol):
@@ -54,8 +54,8 @@ class Storage(Protocol):
     def read(self, length: int, offset: int) -> bytes:
         """Up to ``length`` bytes from host ``offset``; fewer only where the file ends."""
 
-    def holds(self, pieces: Pieces) -> bool:
-        """Whether each piece is still what it was, looked at in this order."""
+    def holds(self, expected: ExpectedBytes) -> bool:
+        """Whether the file still has these bytes, looked at in this order."""
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """The range as (offset, length, is a hole that reads as zeros)."""
@@ -82,8 +82,8 @@ def open_storage(path: str, permit: Permit | None = None) -> Storage:
     except OSError as e:
         raise UsageError(f"cannot open {shown(path)}: {reason(e)}") from e
     except ValueError as e:  # Python's own words for a NUL differ from version to version
-        said = "embedded null byte" if "\0" in path else str(e)
-        raise UsageError(f"cannot open {shown(path)}: {said}") from e
+        why = "embedded null byte" if "\0" in path else str(e)
+        raise UsageError(f"cannot open {shown(path)}: {why}") from e
     try:
         kind = os.fstat(handle).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
@@ -96,6 +96,8 @@ def open_storage(path: str, permit: Permit | None = None) -> Storage:
         if permit is not None:
             permit(real, inode(os.fstat(handle)))
         if stat.S_ISBLK(kind):
+            from .blockdevice import BlockDevice
+
             return BlockDevice(path, _reopen(itself, os.O_DIRECT))
         return File(path, real, _reopen(itself, 0))
     except OSError as e:
@@ -112,7 +114,7 @@ def from_here(path: str) -> str:
 def inode(status: os.stat_result) -> tuple[int, int]:
     """Which file it is, as :attr:`Storage.inode` says it."""
     if stat.S_ISBLK(status.st_mode):  # a device may have several nodes
-        return -1, status.st_rdev
+        return DEVICE, status.st_rdev
     return status.st_dev, status.st_ino
 
 
@@ -135,7 +137,7 @@ def kind_name(mode: int) -> str:
 
 # What off_t holds.  No file goes further, so what lies beyond is past its end; Python's own answer
 # would be an OverflowError.
-_MAX_OFFSET: Final = 2**63 - 1
+MAX_OFFSET: Final = 2**63 - 1
 
 
 class File:
@@ -159,7 +161,7 @@ class File:
         return status.st_size
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
-        if offset > _MAX_OFFSET - len(buffer):
+        if offset > MAX_OFFSET - len(buffer):
             return 0
         try:
             got = os.preadv(self._fd, (buffer,), offset)
@@ -167,7 +169,7 @@ class File:
                 return got
             return self._rest_into(memoryview(buffer), offset, got)
         except OSError as e:
-            raise _failed(self.path, offset, len(buffer), e) from e
+            raise failed(self.path, offset, len(buffer), e) from e
 
     def _rest_into(self, view: memoryview, offset: int, got: int) -> int:
         """A short read may be the file's end, or only the kernel's way of saving itself work."""
@@ -179,7 +181,7 @@ class File:
         return got
 
     def read(self, length: int, offset: int) -> bytes:
-        if offset > _MAX_OFFSET - length:
+        if offset > MAX_OFFSET - length:
             return b""
         try:
             data = os.pread(self._fd, length, offset)
@@ -190,17 +192,17 @@ class File:
                 data += more
             return data
         except OSError as e:
-            raise _failed(self.path, offset, length, e) from e
+            raise failed(self.path, offset, length, e) from e
 
-    def holds(self, pieces: Pieces) -> bool:
+    def holds(self, expected: ExpectedBytes) -> bool:
         # Part of every request: no more calls than the two that the kernel has to answer.
         pread, fd = os.pread, self._fd
         try:
-            for content, offset in pieces:
+            for content, offset in expected:
                 if pread(fd, len(content), offset) != content:
                     return False
         except OSError as e:
-            raise _failed(self.path, offset, len(content), e) from e
+            raise failed(self.path, offset, len(content), e) from e
         return True
 
     def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
@@ -221,91 +223,13 @@ class File:
         except OSError as e:
             if e.errno == errno.ENXIO:  # nothing of that kind from here to the end
                 return end
-            raise _failed(self.path, offset, end - offset, e) from e
+            raise failed(self.path, offset, end - offset, e) from e
 
     def will_need(self, offset: int, length: int) -> None:
         try:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             return  # it was a hint: whoever needs the data will see the error
-
-    def close(self) -> None:
-        self.closed = True
-        self._descriptor.close()
-
-
-# O_DIRECT wants offset, length and memory aligned to the device's logical block size, which is
-# 512 or 4096.
-_ALIGN: Final = 4096
-_BOUNCE: Final = 1 << 20
-
-
-class BlockDevice:
-    """A block device, read past the page cache."""
-
-    plain_fd: int | None = None
-
-    def __init__(self, path: str, fd: int) -> None:
-        self.path = path
-        self.absolute = from_here(path)
-        # Of its name, for QEMU's sake: a volume's is /dev/group/name, its node /dev/dm-3.
-        self.directory: str | None = os.path.dirname(self.absolute)
-        self.trusted: str | None = None  # all the machine's devices lie in /dev
-        self.inode = inode(os.fstat(fd))
-        self.closed = False
-        self._descriptor = Descriptor(fd)
-        self._fd = fd
-        import mmap
-
-        # Anonymous memory is aligned, and nothing can shrink it.
-        self._buffers = Pool(lambda: mmap.mmap(-1, _BOUNCE))
-
-    def size(self) -> int:
-        try:
-            return os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError as e:
-            raise _failed(self.path, 0, 0, e) from e
-
-    def read_into(self, buffer: Buffer, offset: int) -> int:
-        view = memoryview(buffer)
-        if offset > _MAX_OFFSET - _BOUNCE - len(view):
-            return 0
-        bounce = self._buffers.take()
-        try:
-            got = 0
-            while got < len(view):
-                n = self._piece(view[got:], offset + got, bounce)
-                if not n:
-                    break
-                got += n
-            return got
-        except OSError as e:
-            raise _failed(self.path, offset, len(view), e) from e
-        finally:
-            self._buffers.give(bounce)
-
-    def _piece(self, view: memoryview, offset: int, bounce: mmap.mmap) -> int:
-        """Fill the start of ``view``; 0 at the end of the device."""
-        lead = offset % _ALIGN
-        want = min(_BOUNCE, -(-(lead + len(view)) // _ALIGN) * _ALIGN)
-        with memoryview(bounce) as aligned:
-            got = os.preadv(self._fd, (aligned[:want],), offset - lead)
-            n = max(0, min(got - lead, len(view)))
-            view[:n] = aligned[lead : lead + n]
-        return n
-
-    def read(self, length: int, offset: int) -> bytes:
-        data = bytearray(length)
-        return bytes(memoryview(data)[: self.read_into(data, offset)])
-
-    def holds(self, pieces: Pieces) -> bool:
-        return all(self.read(len(content), offset) == content for content, offset in pieces)
-
-    def holes(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        yield offset, length, False
-
-    def will_need(self, offset: int, length: int) -> None:
-        """Nothing: what the kernel would fetch goes where this class does not look."""
 
     def close(self) -> None:
         self.closed = True
@@ -342,7 +266,7 @@ def _unreadable() -> int:
     return _no_file
 
 
-def check_open(storage: Storage) -> None:
+def ensure_open(storage: Storage) -> None:
     """Raises ValueError once it is closed."""
     if storage.closed:
         raise closed(storage.path)
@@ -353,7 +277,8 @@ def closed(path: str) -> ValueError:
     return ValueError(f"I/O operation on closed image {shown(path)}")
 
 
-def _failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
+def failed(path: str, offset: int, length: int, e: OSError) -> Error | ValueError:
+    """What a read that failed raises."""
     if e.errno == errno.EBADF:  # descriptors are made here, and replaced by close alone
         return closed(path)
     return StorageError(

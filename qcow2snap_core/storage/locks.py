@@ -18,17 +18,17 @@ from contextlib import suppress
 from typing import Final
 
 from ..errors import UsageError, shown
-from .local import Storage, check_open, inode
+from .local import Storage, ensure_open, inode
 
 _FIRST_PERMISSION: Final = 100  # RAW_LOCK_PERM_BASE
 _WRITE: Final = 1  # the bit of BLK_PERM_WRITE
 _FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
-def check_quiet(files: Iterable[Storage]) -> None:
+def ensure_not_written(files: Iterable[Storage]) -> None:
     """Raises UsageError while another program has one of the files open for writing."""
     for file in files:
-        check_open(file)
+        ensure_open(file)
         if _is_written(file):
             raise UsageError(
                 f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "
@@ -36,23 +36,23 @@ def check_quiet(files: Iterable[Storage]) -> None:
             )
 
 
-class Quiet:
+class LockGuard:
     """A guard for an active disk: what is read of it counts only while nobody writes."""
 
     identity = None
 
     def __init__(self, files: Iterable[Storage]) -> None:
-        """Raises as :meth:`check`."""
+        """Raises as :meth:`confirm`."""
         self._files = tuple(files)
-        self.check()
+        self.confirm()
 
     plain_fd = None
 
     def tell(self, expect: object) -> None:
         """Never called: a lock cannot be compared."""
 
-    def check(self) -> None:
-        check_quiet(self._files)
+    def confirm(self) -> None:
+        ensure_not_written(self._files)
 
 
 def _is_written(file: Storage) -> bool:

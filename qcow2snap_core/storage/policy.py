@@ -28,7 +28,7 @@ import stat
 from collections.abc import Iterable
 
 from ..errors import UsageError, escaped, reason, shown
-from .local import Storage, inode, kind_name, open_storage
+from .local import DEVICE, Storage, inode, kind_name, open_storage
 
 
 class Policy:
@@ -47,7 +47,7 @@ class Policy:
         """
 
         def permit(real: str, which: tuple[int, int]) -> None:
-            is_device = which[0] == -1
+            is_device = which[0] == DEVICE
             own = () if is_device or image.trusted is None else (image.trusted,)
             lies_in = any(_lies_in(real, directory) for directory in (*own, *self._directories))
             if not lies_in and which not in self._files:
@@ -84,9 +84,9 @@ def _lasting_name(path: str, real: str) -> str:
     """What a device is called tomorrow too, ``/dev/group/volume`` and not ``/dev/dm-3``; but only
     root may have made that name."""
     directory, name = os.path.split(path)
-    found = os.path.join(os.path.realpath(directory), name)
-    trusted = _lies_in(found, "/dev") and os.lstat(found).st_uid == 0
-    return found if trusted else real
+    lasting = os.path.join(os.path.realpath(directory), name)
+    trusted = _lies_in(lasting, "/dev") and os.lstat(lasting).st_uid == 0
+    return lasting if trusted else real
 
 
 def _directory(path: str) -> str:

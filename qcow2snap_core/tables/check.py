@@ -38,7 +38,7 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
     run = _Check(image, chosen)
     with suppress(TooManyError):
         run.all()
-    run.guard.check()
+    run.guard.confirm()
     return run.findings.all
 
 

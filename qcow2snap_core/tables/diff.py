@@ -17,8 +17,11 @@ from itertools import chain
 from typing import Final
 
 from ..errors import ImageError
-from ..image.disk import HOLE_ZERO, Cell, Disk, Extent, checked, merged
-from ..image.mapping import COMPRESSED, DATA, Mapping
+from ..image.disk import Disk
+from ..image.extents import HOLE_ZERO, Extent, MappedRange, merged
+from ..image.guard import confirmed
+from ..image.mapping import COMPRESSED, DATA
+from ..image.tablereader import TableReader
 
 _L1_ENTRIES: Final = 8192  # read at a time
 _L2_ENTRIES: Final = 8192
@@ -33,7 +36,7 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
 
     What lies past the end of ``old`` is all listed.  Raises as :meth:`.Disk.pread_into`.
     """
-    return checked(merged(_changes(old, new)), old, new)
+    return confirmed(merged(_changes(old, new)), old, new)
 
 
 def unchanged(old: Disk, new: Disk) -> Iterator[Extent]:
@@ -51,17 +54,17 @@ def unchanged(old: Disk, new: Disk) -> Iterator[Extent]:
 
 def _changes(old: Disk, new: Disk) -> Iterator[Extent]:
     common = min(old.size, new.size)
-    tables = max(old.mapping.l1_covers, new.mapping.l1_covers)
+    tables = max(old.tables.l1_covers, new.tables.l1_covers)
     told = min(common, old.reach, new.reach, tables)
-    for offset, length in _candidates(old.mapping, new.mapping, told):
+    for offset, length in _candidates(old.tables, new.tables, told):
         yield from _compare(old, new, offset, length)
     if told < common:  # past both tables, or past one that should not end there
         yield from _compare(old, new, told, common - told)
-    for piece in new.pieces(common, new.size - common):
+    for piece in new.ranges(common, new.size - common):
         yield Extent(*piece[:3])
 
 
-def _candidates(old: Mapping, new: Mapping, size: int) -> Iterator[_Range]:
+def _candidates(old: TableReader, new: TableReader, size: int) -> Iterator[_Range]:
     """The ranges below ``size`` whose entries are not equal."""
     span = old.bytes_per_l1_entry
     entries = -(-size // span)
@@ -78,7 +81,7 @@ def _candidates(old: Mapping, new: Mapping, size: int) -> Iterator[_Range]:
 
 
 def _candidates_behind(
-    old: Mapping, new: Mapping, index: int, pair: tuple[int, int], start: int, length: int
+    old: TableReader, new: TableReader, index: int, pair: tuple[int, int], start: int, length: int
 ) -> Iterator[_Range]:
     """The ranges behind one index of both L1 tables, whose entries there are ``pair``."""
     cluster = old.cluster_size
@@ -122,7 +125,7 @@ def _unequal(ours: bytearray, theirs: bytearray, size: int) -> Iterator[_Range]:
 
 def _compare(old: Disk, new: Disk, offset: int, length: int) -> Iterator[Extent]:
     """What of a range is listed, both disks walked in step."""
-    olds, news = old.cells(offset, length), new.cells(offset, length)
+    olds, news = old.ranges(offset, length), new.ranges(offset, length)
     end = offset + length
     ours = theirs = None
     while offset < end:
@@ -134,11 +137,11 @@ def _compare(old: Disk, new: Disk, offset: int, length: int) -> Iterator[Extent]
         offset = until
 
 
-def _at(cell: Cell | None, following: Iterator[Cell], offset: int) -> Cell:
+def _at(cell: MappedRange | None, following: Iterator[MappedRange], offset: int) -> MappedRange:
     return next(following) if cell is None or cell[0] + cell[1] <= offset else cell
 
 
-def _same(ours: Cell, theirs: Cell) -> bool:
+def _same(ours: MappedRange, theirs: MappedRange) -> bool:
     """Whether both say the same of the range where they overlap."""
     kind, entry = ours[4:]
     if kind != theirs[4]:

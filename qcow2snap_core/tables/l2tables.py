@@ -35,7 +35,7 @@ class Tables:
 
     def add(self, owner: Owner) -> None:
         """Claim the tables that an owner's L1 table leads to."""
-        mapping = owner.disk.mapping
+        mapping = owner.disk.tables
         for index, entry in enumerate(mapping.l1_entries(0, mapping.l1_size)):
             try:
                 table = mapping.l2_offset(index, entry)
@@ -99,7 +99,7 @@ class Tables:
     # --- One table ---
 
     def _read(self, table: int, owners: Sequence[Owner]) -> Sequence[int]:
-        mapping = owners[0].disk.mapping
+        mapping = owners[0].disk.tables
         return mapping.l2_part(table, 0, mapping.l2_entries)
 
     def _looks_odd(self, entries: Sequence[int]) -> bool:
@@ -117,7 +117,7 @@ class Tables:
     def _judge(self, index: int, owners: list[Owner]) -> None:
         """Look at each cluster as a reader does, and report what it cannot read."""
         disk = owners[0].disk
-        span, cluster = disk.mapping.bytes_per_l1_entry, disk.cluster_size
+        span, cluster = disk.tables.bytes_per_l1_entry, disk.cluster_size
         seen = max(owner.disk.size for owner in owners)  # nobody sees more of a disk's last cluster
         for guest in range(index * span, (index + 1) * span, cluster):
             length = min(cluster, seen - guest) if guest < seen else cluster
@@ -125,7 +125,7 @@ class Tables:
                 if self._data_file:  # it is not open: whether it is long enough is not judged
                     _exhaust(disk.mapping.runs(guest, length))
                     continue
-                for *_, kind, entry in disk.cells(guest, length):
+                for *_, kind, entry in disk.ranges(guest, length):
                     if kind == COMPRESSED:
                         self._judge_stream(f"{disk.name}: guest offset {guest:#x}", entry)
             except ImageError as e:

@@ -21,7 +21,7 @@ from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.guard import Guard
 from ..image.image import Image
-from ..image.mapping import Mapping, Slice
+from ..image.tablereader import Entries, TableReader
 from .space import STRIDE, sorted_out, strides
 
 _L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
@@ -79,7 +79,7 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         if disk and disk.reach < disk.size:
             first = disk.reach // cell
             own[first:] = [holds | Holds.UNKNOWN for holds in own[first:]]
-    guard.check()
+    guard.confirm()
     owners = [*snapshots, None]
     return Picture(cell, [Strip(s, own) for s, own in zip(owners, cells, strict=True)])
 
@@ -96,7 +96,7 @@ def _cells(
     disks: Sequence[Disk | None], cell: int, count: int
 ) -> Iterator[tuple[int, list[Holds]]]:
     """(number of a cell, what each owner has in some part of it)."""
-    mappings = [disk.mapping if disk else None for disk in disks]
+    mappings = [disk.tables if disk else None for disk in disks]
     known = next((m for m in mappings if m), None)
     if known is None:
         return
@@ -117,9 +117,9 @@ def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
     if disk is not None:
         with suppress(ImageError):
             found: list[int | None] = [
-                e & q.OFFSET_MASK for e in disk.mapping.l1_entries(first, count)
+                e & q.OFFSET_MASK for e in disk.tables.l1_entries(first, count)
             ]
-            span = disk.mapping.bytes_per_l1_entry
+            span = disk.tables.bytes_per_l1_entry
             lost = range(-(-disk.reach // span), -(-disk.size // span))
             for index in range(max(first, lost.start), min(first + count, lost.stop)):
                 found[index - first] = None
@@ -128,7 +128,7 @@ def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
 
 
 def _behind(
-    mapping: Mapping, tables: Sequence[int | None], cell: int, length: int
+    mapping: TableReader, tables: Sequence[int | None], cell: int, length: int
 ) -> Iterator[tuple[int, list[Holds]]]:
     """The same behind one L1 index, cells counted from there, of ``length`` bytes of the disk;
     ``mapping`` is any, since L2 tables are read alike whoever leads to them."""
@@ -142,7 +142,7 @@ def _behind(
     step = 1 << max(STRIDE, _L2_ENTRIES // len(distinct)).bit_length() - 1
     for first in range(0, entries, step):
         count = min(step, entries - first)
-        parts: dict[int, Slice[int]] = {}
+        parts: dict[int, Entries[int]] = {}
         for table in distinct:
             with suppress(ImageError):
                 parts[table] = mapping.l2_part(table, first, count)
@@ -153,10 +153,10 @@ def _behind(
             yield (first + at) // per_cell, _compared(sets)
 
 
-def _stored(parts: Sequence[Slice[int]]) -> list[_Entries]:
+def _stored(parts: Sequence[Entries[int]]) -> list[_Entries]:
     """What each part of a table leads to; all that is common to all parts may be one entry."""
     common = False
-    kept: list[Slice[int]] = [array("Q") for _ in parts]
+    kept: list[Entries[int]] = [array("Q") for _ in parts]
     for pieces, alike in strides(parts):
         if alike:
             common = common or any(sorted_out(pieces[0]))

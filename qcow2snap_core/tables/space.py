@@ -23,7 +23,7 @@ from ..errors import ImageError
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot
 from ..image.image import Image
-from ..image.mapping import Mapping, Slice
+from ..image.tablereader import Entries, TableReader
 
 _SHARED: Final = -1  # in place of an owner: more than one
 _L1_ENTRIES: Final = 1 << 20  # of all L1 tables together that are held at a time
@@ -43,10 +43,10 @@ def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | N
     """
     guard = image.guard(snapshots)
     try:
-        mappings = [image.disk(s, guard=guard).mapping for s in snapshots]
-        mappings.append(image.active_disk().mapping)
+        mappings = [image.disk(s, guard=guard).tables for s in snapshots]
+        mappings.append(image.active_disk().tables)
     except ImageError:  # whoever is damaged may share anything
-        guard.check()
+        guard.confirm()
         return [None] * len(snapshots)
     space = _Space(image, mappings)
     space.count()
@@ -61,14 +61,14 @@ def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | N
             )
         )
     ]
-    guard.check()
+    guard.confirm()
     return [None if n is None else n * image.header.cluster_size for n in clusters]
 
 
 class _Space:
     """Counts each owner's own clusters, tables and data."""
 
-    def __init__(self, image: Image, mappings: Sequence[Mapping]) -> None:
+    def __init__(self, image: Image, mappings: Sequence[TableReader]) -> None:
         self.own = [0] * len(mappings)
         self.unknown: set[int] = set()  # owners whose number cannot be told
         self._image = image
@@ -182,11 +182,11 @@ class _Owners:
         return total
 
 
-def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
+def _differing(parts: list[Entries[int]]) -> list[Entries[int]]:
     """The same without most of what all have in common."""
     if len(parts) == 1:
         return parts
-    kept: list[Slice[int]] = [array("Q") for _ in parts]
+    kept: list[Entries[int]] = [array("Q") for _ in parts]
     for pieces, alike in strides(parts):
         if not alike:
             for part, piece in zip(kept, pieces, strict=True):
@@ -194,7 +194,7 @@ def _differing(parts: list[Slice[int]]) -> list[Slice[int]]:
     return kept
 
 
-def strides(parts: Sequence[Slice[int]]) -> Iterator[tuple[list[Slice[int]], bool]]:
+def strides(parts: Sequence[Entries[int]]) -> Iterator[tuple[list[Entries[int]], bool]]:
     """The parts a few entries at a time, and whether these are alike in all."""
     for at in range(0, len(parts[0]) if parts else 0, STRIDE):
         pieces = [part[at : at + STRIDE] for part in parts]
@@ -205,7 +205,7 @@ _LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)
 _NOT_COMPRESSED: Final = bytes(range(q.OFLAG_COMPRESSED >> 56))  # high bytes of such entries
 
 
-def sorted_out(entries: Slice[int]) -> tuple[list[int], set[int]]:
+def sorted_out(entries: Entries[int]) -> tuple[list[int], set[int]]:
     """The compressed clusters' entries, and the host offsets of the others."""
     raw = entries.tobytes()
     streams: list[int] = []

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import Error, UsageError, reason, shown
-from ..image.disk import Disk, Extent, RawLayer
+from ..image.disk import Disk
+from ..image.extents import Extent
 from ..image.image import Image
+from ..image.layers import RawLayer
 from ..storage.libnbd import is_uri, without_secrets
 from ..storage.local import open_storage
 from ..tables.diff import changes, unchanged
@@ -81,7 +83,7 @@ def copy(
     """
     began = time.monotonic()
     to = destination(target, TARGETS, in_place=in_place)
-    to.check_apart(image.files)
+    to.ensure_apart(image.files)
     plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     job = _Job(new, plan, count(plan), since, threads)

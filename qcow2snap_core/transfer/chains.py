@@ -20,13 +20,17 @@ from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
 from ..format.ondisk import MAX_CHAIN
-from ..format.snapshots import Snapshot, read_table
-from ..image.disk import ALLOCATED, Disk, Extent, Layer, RawLayer, merged
-from ..image.image import Image, Options
+from ..format.snapshot_table import read_table
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, Extent, merged
+from ..image.image import Image
+from ..image.layers import Layer, RawLayer
+from ..image.opener import Options
 from ..storage.libnbd import is_uri
-from ..storage.locks import check_quiet
+from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from .destination import Kind, destination
 from .engine import Plan, RawSource, transfer, whole
@@ -69,15 +73,15 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(directory, SPLIT_TARGETS).check_apart(image.files)
-    _check_local(image)
-    check_quiet(image.files)
+    destination(directory, SPLIT_TARGETS).ensure_apart(image.files)
+    check_local(image)
+    ensure_not_written(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
     if verify:
         _check_depth(len(parts) + (len(image.chain) - 1 if keep else 0))
-    _warn_of_encryption(image, warn)
+    warn_of_encryption(image, warn)
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
@@ -85,17 +89,17 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
         total = _check_room(image, parts, os.path.dirname(temporary), directory)
         if os.path.isdir(directory):
             os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
-        backing = _kept_backing(image, directory) if keep else None
+        backing = kept_backing(image, directory) if keep else None
         with progress("splitting", total) as advance:
             for part in parts:
                 path = os.path.join(temporary, part.name + ENDING)
                 _create(image, path, part.size, backing)
                 _write(part, path, advance, _home(image))
                 backing = _relative(part.name + ENDING), "qcow2"
-        check_quiet(image.files)
+        ensure_not_written(image.files)
         if verify:
             images([_overlay(part, temporary, directory) for part in parts], _options(image))
-            check_quiet(image.files)
+            ensure_not_written(image.files)
     return [part.name + ENDING for part in parts]
 
 
@@ -150,7 +154,7 @@ def _only_data(extents: Iterable[Extent]) -> Iterator[Extent]:
     return (e for e in extents if e.type == ALLOCATED)
 
 
-def _kept_backing(image: Image, directory: str) -> tuple[str, str]:
+def kept_backing(image: Image, directory: str) -> tuple[str, str]:
     """The name and format of FILE's own backing file, as an image in the directory needs them."""
     storage, layer = image.chain[1]
     form = "qcow2" if isinstance(layer, Disk) else "raw"
@@ -176,7 +180,7 @@ def _check_depth(files: int) -> None:
         )
 
 
-def _check_local(image: Image) -> None:
+def check_local(image: Image) -> None:
     """What qemu-img has a part in takes files."""
     if is_uri(image.path):
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
@@ -191,12 +195,12 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(out, JOIN_TARGETS).check_apart(top.files)
-    _check_local(top)
-    check_quiet(top.files)
+    destination(out, JOIN_TARGETS).ensure_apart(top.files)
+    check_local(top)
+    ensure_not_written(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]
-    _warn_of_encryption(top, warn)
+    warn_of_encryption(top, warn)
     for storage, layer in chain:
         if isinstance(layer, Disk) and read_table(storage).snapshots:
             warn(f"the snapshots inside {shown(storage.path)} are not carried over")
@@ -211,11 +215,11 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
                 _write(part, temporary, advance, grown_from=size)
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
-        check_quiet(top.files)
+        ensure_not_written(top.files)
         if verify:
             states = [part.state for part in parts]
             images([Written(temporary, out, states, states[-1])], _options(top))
-            check_quiet(top.files)
+            ensure_not_written(top.files)
     return [part.name for part in parts]
 
 
@@ -279,7 +283,7 @@ def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -
         clusters = 8 + part.size // per_table * 8 // cluster  # header, refcounts, L1 table
         last_table = -1
         for offset, length, kind in merged(part.plan()):
-            check()
+            raise_if_interrupted()
             last = (offset + length - 1) // per_table
             clusters += last - max(last_table, offset // per_table - 1)
             last_table = last
@@ -291,6 +295,6 @@ def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -
     return data
 
 
-def _warn_of_encryption(image: Image, warn: Warn) -> None:
+def warn_of_encryption(image: Image, warn: Warn) -> None:
     if image.encrypted:
         warn(f"{shown(image.path)} is encrypted, the result is not")

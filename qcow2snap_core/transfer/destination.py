@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import UsageError, reason, shown
+from ..storage.ground import mount_of
 from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
-from ..storage.samefile import check_apart, mount_of
+from ..storage.samefile import ensure_apart
 
 _BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
 
@@ -54,14 +55,14 @@ class Destination:
     path: str  # without symlinks; the URI of an export
     new: bool = False  # there is nothing yet
 
-    def check_apart(self, files: Iterable[Storage]) -> None:
+    def ensure_apart(self, files: Iterable[Storage]) -> None:
         """Raises UsageError when one of the files that are being read is the target, or lies on
         the same storage, or that cannot be told."""
         if self.kind is Kind.EXPORT:
             _check_other_uri(files, self.name)
         else:
             at = os.path.dirname(self.path) if self.new else self.path
-            check_apart(at, files, self.name, new=self.new)
+            ensure_apart(at, files, self.name, new=self.new)
 
 
 def destination(name: str, accepts: Kind, *, in_place: bool = False) -> Destination:

@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Final, NamedTuple, Protocol
 
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, RawLayer, merged
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
+from ..image.layers import RawLayer
 from ..storage.local import Buffer
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
 from ..util.workers import spread
 from .targets import Target
@@ -66,8 +68,8 @@ class RawSource:
         return self.extents(0, self._layer.size)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        for start, n, kind, _ in self._layer.pieces(offset, length):
-            yield Extent(start, n, kind)
+        for found in self._layer.ranges(offset, length):
+            yield Extent(*found[:3])
 
 
 class Amount(NamedTuple):
@@ -81,7 +83,7 @@ def count(plan: Plan) -> Amount:
     """Go through a plan without reading data.  Raises what the tables' damage raises."""
     data = zeros = 0
     for extent in plan():
-        check()
+        raise_if_interrupted()
         if extent.type == ALLOCATED:
             data += extent.length
         else:
@@ -133,7 +135,7 @@ def transfer(
 
 def _only(kind: int, extents: Iterable[Extent]) -> Iterator[Extent]:
     for extent in extents:
-        check()
+        raise_if_interrupted()
         if extent.type == kind:
             yield extent
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from .engine import THREADS
 from .targets import NbdTarget
 
@@ -24,7 +24,7 @@ def qemu_img(*arguments: str, directory: str | None = None) -> None:
 
     Raises StorageError with what it says, UsageError when it is missing.
     """
-    check()
+    raise_if_interrupted()
     try:
         done = subprocess.run(
             ["qemu-img", *arguments],

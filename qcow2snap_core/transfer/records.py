@@ -95,7 +95,7 @@ def held(disk: Disk) -> Held | None:
         digest.update(struct.pack(">Q", len(text)) + text)
     _add_tables(digest, disk)
     _add_ends(digest, disk)
-    disk.check()
+    disk.confirm()
     return Held(
         identity.id[:_MOST_TEXT],
         identity.name[:_MOST_TEXT],
@@ -107,7 +107,7 @@ def held(disk: Disk) -> Held | None:
 
 
 def _add_tables(digest: Any, disk: Disk) -> None:
-    mapping = disk.mapping
+    mapping = disk.tables
     left = _L2_BYTES // mapping.l2_entry_size
     for first in range(0, mapping.l1_size, _L1_ENTRIES):
         entries = mapping.l1_entries(first, min(_L1_ENTRIES, mapping.l1_size - first))

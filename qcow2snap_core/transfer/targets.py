@@ -15,8 +15,8 @@ from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 from ..errors import StorageError, UsageError, reason, shown
-from ..image.disk import ALLOCATED, HOLE_ZERO, Extent
-from ..storage.libnbd import libnbd, said, without_secrets
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
+from ..storage.libnbd import libnbd, message_of, without_secrets
 from ..storage.local import Buffer
 
 
@@ -126,7 +126,7 @@ class NbdTarget:
                     self._open(lambda handle: handle.connect_uri(again))
         except self._nbd.Error as e:
             self.close()
-            raise UsageError(f"cannot open {shown(self._name)}: {said(e, name)}") from e
+            raise UsageError(f"cannot open {shown(self._name)}: {message_of(e, name)}") from e
         except BaseException:
             self._kill_server()
             self.close()
@@ -182,7 +182,7 @@ class NbdTarget:
                 if handle.can_flush():
                     handle.flush()
             except self._nbd.Error as e:
-                raise _failed(self._name, 0, said(e)) from e
+                raise _failed(self._name, 0, message_of(e)) from e
 
     def close(self) -> None:
         """Disconnect; waits for the end of a server that was started for this."""
@@ -210,7 +210,7 @@ class NbdTarget:
         try:
             return do(handle)
         except self._nbd.Error as e:
-            raise _failed(self._name, offset, said(e), how) from e
+            raise _failed(self._name, offset, message_of(e), how) from e
         finally:
             self._idle.put(handle)
 

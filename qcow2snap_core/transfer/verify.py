@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from ..errors import StorageError, shown
-from ..format.snapshots import summary
-from ..image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent, merged
-from ..image.image import Image, Options, open_image
+from ..format.choosing import summary
+from ..image.disk import Disk
+from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
+from ..image.image import Image
+from ..image.opener import Options, open_image
 from ..storage.local import Buffer
 from ..tables.diff import changes
-from ..util.interrupts import check
+from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from ..util.workers import spread
 from .engine import PIECE, THREADS, Plan, Source, cut
@@ -167,7 +169,7 @@ def _to_read(plan: Plan, found: Readable, advance: Advance) -> Iterator[_Pair]:
     """What the tables leave to be read, in pieces."""
     for offset, length, kind in merged(plan()):
         for there in _covering(found, offset, length):
-            check()
+            raise_if_interrupted()
             if kind == there.type == HOLE_ZERO:
                 advance(there.length)
                 continue

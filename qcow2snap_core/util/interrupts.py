@@ -8,7 +8,7 @@ at hundreds of random moments, it was all three.  So it never does here, but for
 - until the command begins, the signals do what they do to any program (:func:`default`);
 - a command that has nothing to clean up ends at once, with the usual status (:func:`ending`);
 - one that has only notes them, and asks at the points where it can stop (:func:`deferred`,
-  :func:`check`); a second signal ends the program on the spot.
+  :func:`raise_if_interrupted`); a second signal ends the program on the spot.
 
 A signal that is ignored when the program starts, as nohup and a shell's background jobs have it,
 stays ignored.
@@ -86,7 +86,7 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Note signals instead of raising; Interrupted comes from :func:`check` alone.
+    """Note signals instead of raising; Interrupted comes from :func:`raise_if_interrupted` alone.
 
     For the main thread, once at a time.  An error that a signal brought about, since Ctrl-C
     reaches the servers too, counts as the interrupt.
@@ -97,11 +97,11 @@ def deferred() -> Iterator[None]:
         try:
             yield
         except Error:
-            check()
+            raise_if_interrupted()
             raise
 
 
-def check() -> None:
+def raise_if_interrupted() -> None:
     """Raises Interrupted when a signal has come."""
     if _noted:
         raise Interrupted(_noted)
@@ -110,17 +110,17 @@ def check() -> None:
 def wait_for(process: subprocess.Popen[bytes]) -> int:
     """The status of a process that ends; for Interrupted it does not have to."""
     if process.poll() is not None:
-        check()
+        raise_if_interrupted()
         return process.wait()
     ended = os.pidfd_open(process.pid)
     woken, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
     try:
-        check()
+        raise_if_interrupted()
         while ended not in select.select((ended, woken), (), ())[0]:
-            check()
+            raise_if_interrupted()
             os.read(woken, 1)  # another signal, of no interest
-        check()
+        raise_if_interrupted()
         return process.wait()
     finally:
         signal.set_wakeup_fd(before)

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Final, Generic, TypeVar
 
-from .interrupts import check
+from .interrupts import raise_if_interrupted
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def spread(things: Iterable[T], worker: Callable[[], Callable[[T], None]], threa
             futures = [pool.submit(work) for _ in range(threads)]
             running = True
             while running:
-                check()
+                raise_if_interrupted()
                 done, pending = wait(futures, _PATIENCE, return_when=FIRST_EXCEPTION)
                 running = bool(pending) and not any(f.exception() for f in done)
         finally:

@@ -20,7 +20,7 @@ from support.server import block_status, refused, serve
 
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.image.disk import Disk
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 
 
 @dataclass

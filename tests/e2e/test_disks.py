@@ -126,7 +126,20 @@ def test_a_chain_longer_than_the_descriptors_is_refused_in_one_line(tmp_path: Pa
 
 def test_no_memory_is_an_error_of_the_request(disk: Path) -> None:
     expected = qemu.content(disk, "s")
-    with serve(file=disk) as server, server.connect("s") as client:
+    with serve(file=disk) as server:
+        threads = server.threads()
+        with server.connect("s"):
+            pass
+        # A thread that the first client started imports what words an error.
+        deadline = time.monotonic() + 30
+        while server.threads() > threads:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        fails_for_lack_of_memory(server, expected)
+
+
+def fails_for_lack_of_memory(server: Server, expected: bytes) -> None:
+    with server.connect("s") as client:
         assert client.pread(4 * KiB, SIZE - LARGE) == expected[SIZE - LARGE :][: 4 * KiB]
         # Of address space malloc has reserved enough; of data it gets not another page.
         resource.prlimit(server.pid, resource.RLIMIT_DATA, (4096, resource.RLIM_INFINITY))

@@ -129,7 +129,7 @@ def test_a_new_snapshot_behind_the_end_of_a_moment_ago(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The size is asked for now and then; that is no reason to call what is new damaged."""
-    monkeypatch.setattr("qcow2snap_core.storage.remote._SIZE_HOLDS_FOR", 1e6)
+    monkeypatch.setattr("qcow2snap_core.storage.connections._SIZE_HOLDS_FOR", 1e6)
     with remote("file", image) as server, qcow2snap_core.open(server.uri) as opened:
         known = [s.name for s in opened.snapshots]
         for n in range(3):

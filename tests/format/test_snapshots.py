@@ -12,17 +12,15 @@ from support.qemu import KiB, MiB, content, create, info, io, patch, run, take
 from support.tables import Entry, write_table
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.format.snapshots import (
-    Choice,
+from qcow2snap_core.format.choosing import Choice, choose, summary
+from qcow2snap_core.format.snapshot_table import (
     Table,
     _Reader,
-    choose,
-    date,
     read_fields,
     read_table,
     read_table_once,
-    summary,
 )
+from qcow2snap_core.format.snapshots import date
 
 
 def table(path):
@@ -332,7 +330,7 @@ def test_a_proof_is_of_all_that_was_read(image):
         path.write_bytes(whole)
         second = reader.entry()
         assert second.id == "2"
-        proof = reader.proof(read_fields(storage))
-        assert proof.holds(storage)
+        fingerprint = reader.fingerprint(read_fields(storage))
+        assert fingerprint.holds(storage)
         patch(path, second.entry_offset + second.entry_length - 1, b"!")
-        assert not proof.holds(storage)
+        assert not fingerprint.holds(storage)

@@ -23,16 +23,18 @@ from qcow2snap_core.decode.codecs import Zlib, Zstd
 from qcow2snap_core.decode.encryption import Encryption
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format import ondisk as q
-from qcow2snap_core.format.snapshots import Snapshot, read_table
+from qcow2snap_core.format.snapshot_table import read_table
+from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.clusters import EncryptedClusters
 from qcow2snap_core.image.guard import SnapshotGuard
-from qcow2snap_core.image.image import Image, Options, open_image
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.serve.exports import exports_of
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.diff import changes
 from qcow2snap_core.tables.sharing import picture
 from qcow2snap_core.tables.space import exclusive_sizes
-from qcow2snap_core.util.cache import BoundedCache
+from qcow2snap_core.util.cache import OVERHEAD, BoundedCache
 
 ALLOWED = 64 * MiB
 
@@ -91,8 +93,8 @@ def test_a_guard_of_a_late_entry_keeps_little_of_the_table(disk: Path) -> None:
         last = read_table(storage).snapshots[-1]
         guard = SnapshotGuard(storage, last)
         with bounded(MiB):
-            guard.check()
-            guard.check()
+            guard.confirm()
+            guard.confirm()
         qemu.patch(disk, last.entry_offset - 8, b"!")  # of the entry before
         with opened(disk) as other:
             assert read_table(other).snapshots[-1] == last
@@ -100,9 +102,9 @@ def test_a_guard_of_a_late_entry_keeps_little_of_the_table(disk: Path) -> None:
 
 
 def proves(guard: SnapshotGuard, storage: object) -> bool:
-    proof = guard._proof
-    assert proof is not None
-    return proof.holds(storage)  # type: ignore[arg-type]
+    fingerprint = guard._fingerprint
+    assert fingerprint is not None
+    return fingerprint.holds(storage)  # type: ignore[arg-type]
 
 
 def test_a_damaged_table_is_not_believed_in_for_long(disk: Path) -> None:
@@ -199,6 +201,17 @@ def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch
     assert part == whole
 
 
+def test_the_first_extent_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    path = chain(tmp_path, layers=1, clusters=2000)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert next(disk.extents(0, disk.size)) == whole[0]
+        assert image._chain.tables.used < 3 * (512 + OVERHEAD), "more than one L2 table was read"
+
+
 def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:
     """They merge into one extent, so that counting extents would not see them."""
     path = qemu.create(tmp_path / "z.qcow2", 200 * 512, cluster_size=512)
@@ -222,7 +235,7 @@ def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.size == 2**63 - 512
-        assert len(list(disk.pieces(0, disk.size))) == 1
+        assert len(list(disk.ranges(0, disk.size))) == 1
         assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
         assert list(changes(disk, disk)) == []
 

@@ -23,7 +23,7 @@ import qcow2snap_core
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.image import Image
 from qcow2snap_core.storage.local import open_storage
-from qcow2snap_core.storage.locks import Quiet
+from qcow2snap_core.storage.locks import LockGuard
 
 SIZE = 4 * MiB
 OURS, THEIRS = b"\x07", b"\xee"
@@ -75,7 +75,7 @@ CALLS: dict[str, Callable[[Image, Disk, dict[str, Any]], object]] = {
     "pread_into": lambda image, disk, had: disk.pread_into(bytearray(512), 0),
     "extents": lambda image, disk, had: next(disk.extents(0, SIZE)),
     "extents under way": lambda image, disk, had: next(had["extents"]),
-    "check": lambda image, disk, had: disk.check(),
+    "check": lambda image, disk, had: disk.confirm(),
     "raw": lambda image, disk, had: disk.raw().read(1),
     "raw.read": lambda image, disk, had: had["raw"].read(1),
     "raw.readall": lambda image, disk, had: had["raw"].readall(),
@@ -97,7 +97,7 @@ def test_all_that_can_be_called_raises_value_error(opened: Image) -> None:
         "extents": disk.extents(0, SIZE),
         "raw": disk.raw(),
         "active": opened.active_disk(),
-        "quiet": opened.active_disk(Quiet(opened.files)),
+        "quiet": opened.active_disk(LockGuard(opened.files)),
     }
     next(had["extents"])
     assert had["raw"].read(2) == OURS * 2

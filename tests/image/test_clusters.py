@@ -119,7 +119,7 @@ def test_what_is_cut_off_is_lost_though_qemu_reads_zeros(tmp_path, kept):
 def to_the_end(path, kept):
     """Move the data of the first guest cluster behind all else, so many bytes of it; where to."""
     with qcow2snap_core.open(str(path)) as image:
-        host = next(image.snapshot("s").pieces(0, 512)).host
+        host = next(image.snapshot("s").ranges(0, 512)).host
     whole = path.read_bytes()
     end = -(-len(whole) // SIZE) * SIZE
     l2_entry = (1 << 63 | host).to_bytes(8, "big"), end.to_bytes(8, "big")

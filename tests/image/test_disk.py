@@ -13,7 +13,7 @@ from support.qemu import KiB, MiB, content, create, delete, io, take
 import qcow2snap_core
 from qcow2snap_core import Error, ImageError
 from qcow2snap_core.errors import SnapshotGone
-from qcow2snap_core.image.disk import RawLayer
+from qcow2snap_core.image.layers import RawLayer
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_error_names_the_damaged_cluster_and_not_the_start_of_the_request(tm
     io(path, "write -P 7 0 256k")
     take(path, "s")
     with qcow2snap_core.open(str(path)) as image:
-        last = next(image.snapshot("s").pieces(192 * KiB, 512)).host
+        last = next(image.snapshot("s").ranges(192 * KiB, 512)).host
     entry = (1 << 63 | last).to_bytes(8, "big")[1:]
     path.write_bytes(path.read_bytes().replace(entry, (last | 2).to_bytes(8, "big")[1:]))
     with qcow2snap_core.open(str(path)) as image:
@@ -141,8 +141,8 @@ def test_what_is_truncated_while_its_holes_are_looked_for_is_no_hole(tmp_path):
             base.write(b"b" * 64 * KiB)
     with opened(path) as storage:
         layer = RawLayer(storage)
-        assert [piece.type for piece in layer.pieces(0, layer.size)] == [0, 3, 0]
-        pieces = layer.pieces(0, layer.size)
+        assert [piece.type for piece in layer.ranges(0, layer.size)] == [0, 3, 0]
+        pieces = layer.ranges(0, layer.size)
         assert next(pieces)[:3] == (0, 64 * KiB, 0)
         os.truncate(path, MiB)
         with pytest.raises(Error, match="has only 1048576 bytes left of"):

@@ -58,7 +58,7 @@ def assert_gone(disk):
         with pytest.raises(SnapshotGone):
             next(disk.extents(offset, 512))
     with pytest.raises(SnapshotGone):
-        disk.check()
+        disk.confirm()
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -11,7 +11,8 @@ from support.devices import opened
 
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format import ondisk as q
-from qcow2snap_core.image.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Geometry, Mapping
+from qcow2snap_core.image.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
+from qcow2snap_core.image.tablereader import Geometry
 from qcow2snap_core.util.cache import BoundedCache
 
 COPIED, PACKED = q.OFLAG_COPIED, q.OFLAG_COMPRESSED
@@ -67,11 +68,11 @@ def model(tables, bits, version, offset, length):
             return runs, True
         kind, host = found
         host += at % size if kind == DATA else 0
-        last = runs[-1] if runs and kind != COMPRESSED else (None, 0, 0, 0)
-        if last[0] == kind and (kind != DATA or last[1] + last[3] == host):
-            runs[-1] = (*last[:3], last[3] + n)
+        last = runs[-1] if runs and kind != COMPRESSED else (0, 0, None, 0)
+        if last[2] == kind and (kind != DATA or last[3] + last[1] == host):
+            runs[-1] = (last[0], last[1] + n, *last[2:])
         else:
-            runs.append((kind, host, at, n))
+            runs.append((at, n, kind, host))
         at += n
     return runs, False
 
@@ -79,8 +80,8 @@ def model(tables, bits, version, offset, length):
 def found(m, offset, length):
     runs = []
     try:
-        for kind, host, start, n in m.runs(offset, length):
-            runs.append((kind, host if kind in (DATA, COMPRESSED) else 0, start, n))
+        for start, n, kind, where in m.runs(offset, length):
+            runs.append((start, n, kind, where if kind in (DATA, COMPRESSED) else 0))
     except ImageError:
         return runs, True
     return runs, False
@@ -166,10 +167,10 @@ def test_a_single_run_is_right_from_its_first_byte_on(tmp_path, image):
             with pytest.raises(ImageError):
                 mapping(storage, bits, l1_offset, len(tables), version).run(offset, length)
             return
-        kind, host, n = mapping(storage, bits, l1_offset, len(tables), version).run(offset, length)
-        assert kind == runs[0][0]
-        assert host == runs[0][1] or kind in (UNALLOCATED, ZERO)
-        assert 0 < n <= runs[0][3]
+        n, kind, host = mapping(storage, bits, l1_offset, len(tables), version).run(offset, length)
+        assert kind == runs[0][2]
+        assert host == runs[0][3] or kind in (UNALLOCATED, ZERO)
+        assert 0 < n <= runs[0][1]
 
 
 @given(images())
@@ -200,14 +201,14 @@ def test_only_what_a_missing_part_of_a_table_maps_is_an_error(tmp_path, bits, ke
     with opened(path) as storage:
         m = mapping(storage, bits, l1_offset, 3)
         if kept:
-            whole = ([(DATA, size, start, kept * size)], False)
+            whole = ([(start, kept * size, DATA, size)], False)
             assert found(m, start, kept * size) == whole
             assert found(m, start, kept * size + 1) == (whole[0], True)
         for at in (kept, size // 8 - 1):
             with pytest.raises(ImageError, match="L2 table .*past the end of the file"):
                 m.run(start + at * size, 1)
-        assert found(m, start - size, size) == ([(UNALLOCATED, 0, start - size, size)], False)
-        assert found(m, 2 * start, size) == ([(UNALLOCATED, 0, 2 * start, size)], False)
+        assert found(m, start - size, size) == ([(start - size, size, UNALLOCATED, 0)], False)
+        assert found(m, 2 * start, size) == ([(2 * start, size, UNALLOCATED, 0)], False)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +233,8 @@ def test_an_l1_entry_that_cannot_be_concerns_only_what_it_maps(tmp_path, entry, 
         for at in (per_entry, 2 * per_entry - 1):
             with pytest.raises(ImageError, match=message):
                 m.run(at, 1)
-        assert m.run(0, 512) == (DATA, 1 << 16, 512)
-        assert m.run(2 * per_entry, 512) == (DATA, 2 << 16, 512)
+        assert m.run(0, 512) == (512, DATA, 1 << 16)
+        assert m.run(2 * per_entry, 512) == (512, DATA, 2 << 16)
 
 
 def test_past_an_l1_that_may_be_short_all_is_unallocated(tmp_path):
@@ -241,8 +242,8 @@ def test_past_an_l1_that_may_be_short_all_is_unallocated(tmp_path):
     with opened(tmp_path / "disk") as storage:
         m = mapping(storage, 9, l1_offset, 1)
         far = 1 << 60
-        assert found(m, far, 1 << 20) == ([(UNALLOCATED, 0, far, 1 << 20)], False)
-        assert m.run(64 * 512, 99) == (UNALLOCATED, 0, 99)
+        assert found(m, far, 1 << 20) == ([(far, 1 << 20, UNALLOCATED, 0)], False)
+        assert m.run(64 * 512, 99) == (99, UNALLOCATED, 0)
         assert m.reach is None
 
 
@@ -272,7 +273,7 @@ def test_an_l1_of_many_slices(tmp_path):
     with opened(tmp_path / "disk") as storage:
         m = mapping(storage, 9, l1_offset, len(tables))
         for index, host in ((8191, 512), (8192, 1024), (19_999, 1536), (8190, 0), (16_384, 0)):
-            assert m.run(index * 64 * 512, 512) == (DATA if host else UNALLOCATED, host, 512)
+            assert m.run(index * 64 * 512, 512) == (512, DATA if host else UNALLOCATED, host)
 
 
 @pytest.mark.parametrize("bits", [17, 21])
@@ -287,13 +288,13 @@ def test_a_table_of_several_slices(tmp_path, bits):
         hole = (8192 + 100) * size
         assert found(m, 0, entries * size) == (
             [
-                (DATA, size, 0, hole),
-                (UNALLOCATED, 0, hole, size),
-                (DATA, hole + 2 * size, hole + size, entries * size - hole - size),
+                (0, hole, DATA, size),
+                (hole, size, UNALLOCATED, 0),
+                (hole + size, entries * size - hole - size, DATA, hole + 2 * size),
             ],
             False,
         )
-        assert m.run((entries - 1) * size + 5, 1) == (DATA, entries * size + 5, 1)
+        assert m.run((entries - 1) * size + 5, 1) == (1, DATA, entries * size + 5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 66, 127, 128, 129, 193])
@@ -306,5 +307,5 @@ def test_equal_entries_are_one_run_however_many(tmp_path, count, entry, step, ki
     table = [1 << 40] + [entry + n * step for n in range(count)] + [2 << 40] * 100
     l1_offset = write(tmp_path / "disk", 12, [table])
     with opened(tmp_path / "disk") as storage:
-        found_kind, _, n = mapping(storage, 12, l1_offset, 1).run(4096 + 5, 1 << 20)
+        n, found_kind, _ = mapping(storage, 12, l1_offset, 1).run(4096 + 5, 1 << 20)
         assert (found_kind, n) == (kind, count * 4096 - 5)

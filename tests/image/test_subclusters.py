@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format import ondisk as q
-from qcow2snap_core.image.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Geometry, Mapping
+from qcow2snap_core.image.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Mapping
+from qcow2snap_core.image.subclusters import SubclusterMapping
+from qcow2snap_core.image.tablereader import Geometry
 from qcow2snap_core.storage.local import Storage, open_storage
 from qcow2snap_core.util.cache import BoundedCache
 
@@ -34,8 +36,7 @@ def mapping(file: Storage, entries: list[Entry], *, data_file: bool = False) -> 
         f.seek(L2)
         f.write(table.ljust(CLUSTER, b"\0"))
     geometry = Geometry(BITS, 3, True, data_file)
-    kind = Mapping.of(geometry)
-    return kind(file, geometry, L1, 1, BoundedCache(1 << 20), 1)
+    return SubclusterMapping(file, geometry, L1, 1, BoundedCache(1 << 20), 1)
 
 
 def model(entries: list[Entry], offset: int) -> tuple[int, int]:
@@ -74,7 +75,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
 
 def runs(found: Iterator[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int]]:
     """(offset, kind, host offset) of each subcluster that begins in a run, and its start."""
-    for kind, host, start, length in found:
+    for start, length, kind, host in found:
         for at in sorted({start, *range(-(-start // SUB) * SUB, start + length, SUB)}):
             yield at, kind, host + at - start if kind == DATA else host
 
@@ -88,8 +89,8 @@ def test_every_subcluster_is_what_the_spec_says(
     start = data.draw(st.integers(0, size - 1))
     length = data.draw(st.integers(1, size - start))
     found = list(mapping(file, entries).runs(start, length))
-    assert [r[2] for r in found] == [start, *(r[2] + r[3] for r in found[:-1])]
-    assert sum(r[3] for r in found) == length
+    assert [r[0] for r in found] == [start, *(r[0] + r[1] for r in found[:-1])]
+    assert sum(r[1] for r in found) == length
     for at, kind, host in runs(iter(found)):
         assert (kind, host) == model(entries, at), hex(at)
 
@@ -97,7 +98,7 @@ def test_every_subcluster_is_what_the_spec_says(
 @given(st.lists(entry(), min_size=1, max_size=5))
 def test_runs_are_as_long_as_can_be(file: Storage, entries: list[Entry]) -> None:
     found = list(mapping(file, entries).runs(0, len(entries) * CLUSTER))
-    for (kind, host, _, length), (next_kind, next_host, _, _) in pairwise(found):
+    for (_, length, kind, host), (_, _, next_kind, next_host) in pairwise(found):
         same = kind == next_kind and kind != COMPRESSED
         assert not (same and (kind != DATA or next_host == host + length))
 
@@ -109,7 +110,7 @@ def test_equal_clusters_are_one_run(file: Storage, count: int, uniform: int) -> 
     entries = [(host + n * CLUSTER if host else 0, uniform) for n in range(count)]
     last = (0, ALL << 32) if uniform == 0 else (0, 0)
     found = list(mapping(file, [*entries, last]).runs(0, (count + 1) * CLUSTER))
-    assert [r[3] for r in found] == [count * CLUSTER, CLUSTER]
+    assert [r[1] for r in found] == [count * CLUSTER, CLUSTER]
 
 
 @pytest.mark.parametrize(
@@ -129,5 +130,5 @@ def test_what_the_spec_forbids_is_damage(file: Storage, first: int, bitmap: int,
 
 def test_in_a_data_file_the_first_cluster_lies_at_offset_0(file: Storage) -> None:
     table = mapping(file, [(q.OFLAG_COPIED, ALL), (q.OFLAG_COPIED | CLUSTER, 3)], data_file=True)
-    assert table.run(0, 2 * CLUSTER)[:2] == (DATA, 0)
-    assert table.run(CLUSTER, CLUSTER) == (DATA, CLUSTER, 2 * SUB)
+    assert table.run(0, 2 * CLUSTER)[1:] == (DATA, 0)
+    assert table.run(CLUSTER, CLUSTER) == (2 * SUB, DATA, CLUSTER)

@@ -23,8 +23,9 @@ from qcow2snap_core.decode.encryption import Encryption
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.image.clusters import Clusters, EncryptedClusters
-from qcow2snap_core.image.disk import Disk, Extent
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import Extent
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.util.cache import BoundedCache
 
 TOO_MUCH = "look-ups: ask for less at a time"
@@ -78,7 +79,7 @@ def test_slow_streams_end_a_prefetch(tmp_path: Path, monkeypatch) -> None:
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
         disk.prefetch(0, disk.size)
-        assert 0 < image._shared.clusters.used < 90 * 4 * KiB
+        assert 0 < image._chain.clusters.used < 90 * 4 * KiB
 
 
 # --- Tables ---

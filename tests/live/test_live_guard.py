@@ -25,10 +25,12 @@ from support.tables import Entry
 
 from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
-from qcow2snap_core.format.snapshots import Snapshot, read_fields, read_table
+from qcow2snap_core.format.snapshot_table import read_fields, read_table
+from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.guard import SnapshotGuard
-from qcow2snap_core.image.image import Image, open_image
-from qcow2snap_core.storage.local import File, Pieces, Storage
+from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import open_image
+from qcow2snap_core.storage.local import ExpectedBytes, File, Storage
 from qcow2snap_core.tables.sharing import picture
 from qcow2snap_core.tables.space import exclusive_sizes
 
@@ -49,7 +51,7 @@ def place(s: Snapshot) -> tuple[object, ...]:
 def watching(storage: Storage, snapshot: Snapshot) -> SnapshotGuard:
     """A guard that has seen its snapshot in the table."""
     guard = SnapshotGuard(storage, snapshot)
-    guard.check()
+    guard.confirm()
     return guard
 
 
@@ -84,7 +86,7 @@ def act(
         at(after, len(buffer), offset)
         return got
 
-    def hooked_holds(self: File, pieces: Pieces) -> bool:
+    def hooked_holds(self: File, pieces: ExpectedBytes) -> bool:
         for content, offset in pieces:
             at(before, len(content), offset)
             same = holds(self, ((content, offset),))
@@ -241,7 +243,7 @@ def test_deleted_and_taken_again_at_the_same_place(path: Path) -> None:
         else:
             pytest.fail("it never came back to the same place")
         with pytest.raises(SnapshotGone):
-            guard.check()
+            guard.confirm()
 
 
 def test_an_old_entry_left_standing_behind_a_shorter_table(path: Path) -> None:
@@ -266,7 +268,7 @@ def test_an_old_entry_left_standing_behind_a_shorter_table(path: Path) -> None:
             pytest.fail("the header never came back")
         assert damage.table_entry(path, served.entry_offset) == entry
         with pytest.raises(SnapshotGone):
-            guard.check()
+            guard.confirm()
 
 
 # --- What looks as if it were gone and is not ---
@@ -297,10 +299,10 @@ def test_a_header_half_old_and_half_new(path: Path, monkeypatch, half: str, chan
 
         with monkeypatch.context() as patch:
             act(patch, lambda: qemu.patch(path, 60, new), after=fourth)
-            guard.check()
+            guard.confirm()
         assert reads.count(60) > 2, "the header was not looked at again"
         qemu.patch(path, 60, new)
-        guard.check()
+        guard.confirm()
 
 
 def test_the_old_table_is_zeros_while_the_header_is_old(path: Path, monkeypatch) -> None:
@@ -317,7 +319,7 @@ def test_the_old_table_is_zeros_while_the_header_is_old(path: Path, monkeypatch)
 
         with monkeypatch.context() as patch:
             act(patch, take, after=lambda *read: read == HEADER_FIELDS)
-            guard.check()
+            guard.confirm()
         assert places == [bytes(40)]
         with monkeypatch.context() as patch:
             act(patch, lambda: q.delete("another"), after=lambda *read: read == HEADER_FIELDS)
@@ -336,12 +338,12 @@ def test_an_old_entry_that_qemu_upgrades(tmp_path: Path) -> None:
         guard = watching(storage, served)
         with running(path) as q:
             q.take("another")
-            guard.check()
+            guard.confirm()
             now = named(storage, "served")
             assert len(damage.table_entry(path, now.entry_offset)) > len(old.pack())
             q.delete("served")
             with pytest.raises(SnapshotGone):
-                guard.check()
+                guard.confirm()
 
 
 def test_a_flag_that_qemu_flips_in_place(path: Path) -> None:
@@ -384,9 +386,9 @@ def test_a_table_that_stays_damaged_is_not_taken_for_a_deleted_snapshot(path: Pa
         fields = read_fields(storage)
         qemu.patch(path, 60, struct.pack(">IQ", 1, 1 << 40))
         with pytest.raises(ImageError, match="cannot tell whether snapshot 1 'served' .* is still"):
-            guard.check()
+            guard.confirm()
         qemu.patch(path, 60, fields)
-        guard.check()
+        guard.confirm()
 
 
 def test_a_deleted_snapshot_is_gone_for_all_its_readers_and_for_good(path: Path) -> None:
@@ -399,7 +401,7 @@ def test_a_deleted_snapshot_is_gone_for_all_its_readers_and_for_good(path: Path)
 
         def ask() -> None:
             with pytest.raises(SnapshotGone) as caught:
-                guard.check()
+                guard.confirm()
             said.append(str(caught.value))
 
         threads = [threading.Thread(target=ask) for _ in range(8)]

@@ -8,7 +8,7 @@ import pytest
 from support.qemu import KiB, MiB, create, take
 
 from qcow2snap_core.errors import ImageError, UsageError
-from qcow2snap_core.format.snapshots import Choice
+from qcow2snap_core.format.choosing import Choice
 from qcow2snap_core.serve.settings import KEYS, Settings
 
 
@@ -147,4 +147,4 @@ def test_the_backing_format_is_for_an_image_that_records_none(tmp_path):
 def test_the_caches_have_the_size_that_was_asked_for(disk, key, cache, default):
     for pairs, expected in (([], default), ([(key, "3M")], 3 * MiB), ([(key, "0")], 0)):
         with given(("file", disk), *pairs).open_image() as image:
-            assert getattr(image._shared, cache).limit == expected
+            assert getattr(image._chain, cache).limit == expected

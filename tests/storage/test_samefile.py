@@ -12,7 +12,8 @@ import pytest
 from support.devices import opened
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.storage.samefile import System, check_apart
+from qcow2snap_core.storage.ground import System
+from qcow2snap_core.storage.samefile import ensure_apart
 
 NUMBERS = {
     "sda": "8:0",
@@ -199,9 +200,9 @@ def test_links_to_one_file_are_that_file(tmp_path):
     with opened(tmp_path / "image") as image:
         for name in ("image", "hard", "soft"):
             with pytest.raises(UsageError, match=f"'{name}' is .*, which is being copied"):
-                check_apart(str(tmp_path / name), [image], name)
-        check_apart(str(tmp_path / "other"), [image], "other")
-        check_apart(str(tmp_path), [image], "new", new=True)
+                ensure_apart(str(tmp_path / name), [image], name)
+        ensure_apart(str(tmp_path / "other"), [image], "other")
+        ensure_apart(str(tmp_path), [image], "new", new=True)
 
 
 def test_an_image_that_was_replaced_is_still_known_by_its_inode(tmp_path):
@@ -211,7 +212,7 @@ def test_an_image_that_was_replaced_is_still_known_by_its_inode(tmp_path):
         (tmp_path / "new").write_bytes(bytes(512))
         os.rename(tmp_path / "new", tmp_path / "image")
         with pytest.raises(UsageError, match="which is being copied"):
-            check_apart(str(tmp_path / "hard"), [image], "hard")
+            ensure_apart(str(tmp_path / "hard"), [image], "hard")
         with pytest.raises(UsageError, match="no telling .* its name leads elsewhere now"):
-            check_apart(str(tmp_path / "image"), [image], "image")
-        check_apart(str(tmp_path), [image], "new", new=True)
+            ensure_apart(str(tmp_path / "image"), [image], "image")
+        ensure_apart(str(tmp_path), [image], "new", new=True)

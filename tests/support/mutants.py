@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from qcow2snap_core.errors import Error, ImageError, StorageError
 from qcow2snap_core.image.disk import Disk
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 from support import catalogue, damage, qemu
 
 KINDS = ("plain", "v2", "zstd", "extl2", "overlay")

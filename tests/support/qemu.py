@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qcow2snap_core.format.header import read_header
-from qcow2snap_core.format.snapshots import Snapshot, read_table
+from qcow2snap_core.format.snapshot_table import read_table
+from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.storage.local import open_storage
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30

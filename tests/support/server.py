@@ -107,6 +107,10 @@ class Server:
         with self.connect(export, extents=True) as handle:
             return block_status(handle, 0, handle.get_size())
 
+    def threads(self) -> int:
+        """How many the process has."""
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
     def memory(self) -> int:
         """Resident bytes of the process."""
         with open(f"/proc/{self.pid}/statm") as f:

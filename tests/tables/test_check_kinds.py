@@ -12,7 +12,7 @@ from support import damage, qemu
 from support.qemu import KiB, MiB
 from support.refcounts import set_refcount
 
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.findings import BAD_TABLE, NOT_COUNTED, OVERLAP, Finding
 

@@ -17,7 +17,8 @@ from support.qemu import GiB, KiB, MiB, RandomImage
 
 import qcow2snap_core
 from qcow2snap_core.errors import ImageError, SnapshotGone
-from qcow2snap_core.image.disk import ALLOCATED, HOLE_ZERO, Disk, Extent
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent
 from qcow2snap_core.tables.diff import changes
 
 SHAPES: dict[str, dict[str, Any]] = {

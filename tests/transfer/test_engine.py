@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from qcow2snap_core.image.disk import ALLOCATED, HOLE_ZERO, Extent, merged
+from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
 from qcow2snap_core.transfer.engine import PIECE, _blocks, cut
 
 GiB = 1 << 30

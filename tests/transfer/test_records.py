@@ -10,7 +10,7 @@ import pytest
 from support import damage, qemu
 from support.qemu import MiB
 
-from qcow2snap_core.image.image import open_image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.transfer.records import MOST, Held, Record, held, parse, text
 
 MON = Held("1", "mon", 1, 2, 3, "0" * 64)

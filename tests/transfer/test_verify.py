@@ -11,9 +11,11 @@ from support import devices, qemu
 from support.qemu import KiB, MiB
 
 from qcow2snap_core.errors import StorageError
-from qcow2snap_core.image.disk import HOLE_ZERO, Disk, RawLayer
-from qcow2snap_core.image.image import Options, open_image
-from qcow2snap_core.storage.local import BlockDevice
+from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.extents import HOLE_ZERO
+from qcow2snap_core.image.layers import RawLayer
+from qcow2snap_core.image.opener import Options, open_image
+from qcow2snap_core.storage.blockdevice import BlockDevice
 from qcow2snap_core.transfer.engine import RawSource, whole
 from qcow2snap_core.transfer.verify import Differs, State, Written, compare, images
 

@@ -15,7 +15,7 @@ from support.remote import remote
 from support.running import eventually
 
 from qcow2snap_core.errors import StorageError, UsageError
-from qcow2snap_core.storage import remote as module
+from qcow2snap_core.storage import connections as module
 from qcow2snap_core.storage.remote import RemoteFile
 
 DATA = random.Random(1).randbytes(256 * KiB + 512)

@@ -7,7 +7,7 @@ FUZZ := build/fuzz
 DISSECT := build/dissect
 RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
-SOURCES := plugin qcow2snap_core tests benchmarks
+SOURCES := plugin qcow2snap_core examples tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-all deps-test
 .PHONY: mutants differential fuzz native install uninstall deb rpm clean

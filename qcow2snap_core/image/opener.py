@@ -10,17 +10,18 @@ from collections.abc import Mapping as ReadOnly
 from types import MappingProxyType
 
 from ..decode.codecs import Codec, Zstd, deflate
-from ..decode.encryption import open_encryption
 from ..errors import ImageError, UsageError, shown
 from ..format import ondisk as q
 from ..format.header import Header, read_header
 from ..storage.libnbd import is_uri
 from ..storage.local import Storage, open_storage
 from ..storage.policy import Policy
-from ..typed import Final, NamedTuple
+from ..typed import TYPE_CHECKING, Final, NamedTuple
 from .clusters import Clusters, EncryptedClusters
 from .image import Chain, Image
-from .layers import Layer, RawLayer
+
+if TYPE_CHECKING:
+    from .layers import Layer
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
@@ -111,13 +112,17 @@ class _Opener:
             chain.files.append(data)
         if not options.data:
             return Clusters(storage, data, header.cluster_bits, deflate(), chain.clusters)
-        passphrases = options.passphrases
-        encryption = open_encryption(
-            storage,
-            header,
-            passphrases.get(layer, passphrases.get(0)),
-            f"passphrase.{layer}" if layer else "passphrase",
-        )
+        encryption = None
+        if header.crypt_method != q.CRYPT_NONE:
+            from ..decode.encryption import open_encryption
+
+            passphrases = options.passphrases
+            encryption = open_encryption(
+                storage,
+                header,
+                passphrases.get(layer, passphrases.get(0)),
+                f"passphrase.{layer}" if layer else "passphrase",
+            )
         parts = storage, data, header.cluster_bits, self._codec(storage, header), chain.clusters
         if encryption is None:
             return Clusters(*parts)
@@ -153,5 +158,7 @@ class _Opener:
         below = self._policy.open(name, storage, "backing file")
         if form == "qcow2":
             return self.image(below).active_disk()
+        from .layers import RawLayer
+
         self._enter(below)
         return RawLayer(below)

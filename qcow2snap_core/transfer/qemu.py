@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
@@ -16,6 +17,7 @@ from .targets import NbdTarget
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"
 _DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"
+_environment: Final = Lock()  # of which a process has one for all threads
 
 
 def qemu_img(*arguments: str, directory: str | None = None) -> None:
@@ -67,9 +69,10 @@ def _start(handle: Any, path: str, directory: str, said: IO[bytes]) -> None:
     shell += f" 2>/proc/{us}/fd/{said.fileno()}"
     starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
     options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
-    os.environ[_IMAGE] = path
-    os.environ[_DIRECTORY] = directory
-    handle.connect_systemd_socket_activation([*starter, *options])
+    with _environment:
+        os.environ[_IMAGE] = path
+        os.environ[_DIRECTORY] = directory
+        handle.connect_systemd_socket_activation([*starter, *options])
 
 
 def _content(file: IO[bytes]) -> bytes:

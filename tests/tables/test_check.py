@@ -14,8 +14,8 @@ from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import set_refcount
 from support.tables import Entry, write_table
 
-import qcow2snap_core
 from qcow2snap_core.format.refcounts import Uses
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.findings import (
     BAD_ENTRY,
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def found(path: Path, snapshot: str | None = None) -> list[Finding]:
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         chosen = next((s for s in image.snapshots if s.name == snapshot), None)
         return check(image, chosen)
 
@@ -265,7 +265,7 @@ def test_an_entry_that_no_qemu_writes(disk: Path, name: str) -> None:
         assert findings == []
     assert qemu_finds(disk) == qemu_sees
     # What concerns one of them is told when that is asked for.
-    with qcow2snap_core.open(str(disk)) as image:
+    with open_image(str(disk)) as image:
         for s in image.snapshots:
             its = [f.message for f in findings if s.name[:3] in f.message]
             assert [f.message for f in check(image, s)] == its

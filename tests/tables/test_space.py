@@ -11,8 +11,8 @@ from support import damage, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import allocated
 
-import qcow2snap_core
 from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.space import exclusive_sizes
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def sizes(image: Image) -> dict[str, int | None]:
 
 def assert_freed(path: Path) -> None:
     """Every snapshot is deleted in a copy of its own, then all in turn in another."""
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         said = sizes(image)
     copy = path.with_name("copy.qcow2")
     for name, size in said.items():
@@ -44,7 +44,7 @@ def assert_freed(path: Path) -> None:
         assert before - allocated(copy) == size, name
     shutil.copyfile(path, copy)
     for name in said:
-        with qcow2snap_core.open(str(copy)) as image:
+        with open_image(str(copy)) as image:
             size = sizes(image)[name]
         before = allocated(copy)
         qemu.delete(copy, name)
@@ -68,7 +68,7 @@ def test_clusters_that_only_two_snapshots_share_are_nobodys_own(tmp_path: Path) 
     qemu.io(path, "write -P 2 0 64k")
     qemu.take(path, "two")
     qemu.io(path, "write -P 3 0 128k")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         # An L1 and an L2 table each; of the data, the first cluster.
         assert sizes(image) == {"one": 3 * 64 * KiB, "two": 3 * 64 * KiB}
     assert_freed(path)
@@ -108,5 +108,5 @@ def test_damage_leaves_open_what_depends_on_it(tmp_path: Path, snapshot: str) ->
         qemu.io(path, "write -P 1 0 128k")
         qemu.take(path, name)
     damage.put64(path, damage.l1_entry(path, snapshot, 0), damage.END_OF_FILE)
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         assert sizes(image)[snapshot] is None

@@ -35,11 +35,14 @@ COMMANDS = (
     "join",
     "mount",
     "serve",
+    "ls",
+    "cat",
+    "extract",
     "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)

@@ -13,10 +13,10 @@ _MOST: Final = 1000  # words
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like it, if one is alike at all."""
+    """The known word that is most like it without being it, if one is alike at all."""
     if len(word) > _LONGEST:
         return None
     import difflib
 
-    candidates = (k for k in islice(known, _MOST) if len(k) <= _LONGEST)
+    candidates = (k for k in islice(known, _MOST) if len(k) <= _LONGEST and k != word)
     return next(iter(difflib.get_close_matches(word, candidates, 1)), None)

@@ -283,13 +283,13 @@ def test_an_entry_that_no_qemu_writes(disk: Path, name: str) -> None:
     )
     table = one.pack() + Entry(**{**vars(two), **changes}).pack()
     qemu.patch(disk, qemu.snapshots(disk)["one"].entry_offset, table)
-    findings = found(disk)
+    findings = [f for f in found(disk) if f.is_damage]  # what an entry led to is a leak now
     if words:
         assert {f.problem for f in findings} == {BAD_TABLE}
         assert all(words in f.message for f in findings)
         assert [f.message for f in findings if "entry 2 of the snapshot table" in f.message]
     else:
-        assert not [f for f in findings if f.is_damage]
+        assert findings == []
     assert qemu_finds(disk) == qemu_sees
     # What concerns one of them is told when that is asked for.
     with open_image(str(disk)) as image:

@@ -22,10 +22,22 @@ from ..util.interrupts import Interrupted, ending
 from .parser import Parser
 from .streams import OutputLost, failed, give_up_output, say, take
 
-COMMANDS = ("list", "map", "diff", "check", "take", "copy", "split", "join", "mount", "serve")
+COMMANDS = (
+    "list",
+    "map",
+    "diff",
+    "check",
+    "take",
+    "copy",
+    "compact",
+    "split",
+    "join",
+    "mount",
+    "serve",
+)
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "split", "join", "mount", "serve")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)

@@ -15,7 +15,7 @@ from ..image.image import Image
 _FIRST_DESCRIPTOR = 10
 
 
-_IN_CHECKOUT = Path(__file__).resolve().parents[1] / "plugin" / "qcow2snap.py"
+_IN_CHECKOUT = Path(__file__).resolve().parents[2] / "plugin" / "qcow2snap.py"
 _INSTALLED = "nbdkit-qcow2snap-plugin"
 
 

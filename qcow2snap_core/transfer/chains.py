@@ -70,14 +70,14 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     Raises UsageError before anything is written when that cannot be done.
     """
     destination(directory, SPLIT_TARGETS).check_apart(image.files)
-    _check_local(image)
+    check_local(image)
     check_quiet(image.files)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     parts = list(_states(image, snapshots, keep))
     if verify:
         _check_depth(len(parts) + (len(image.chain) - 1 if keep else 0))
-    _warn_of_encryption(image, warn)
+    warn_of_encryption(image, warn)
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
@@ -85,7 +85,7 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
         total = _check_room(image, parts, os.path.dirname(temporary), directory)
         if os.path.isdir(directory):
             os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
-        backing = _kept_backing(image, directory) if keep else None
+        backing = kept_backing(image, directory) if keep else None
         with progress("splitting", total) as advance:
             for part in parts:
                 path = os.path.join(temporary, part.name + ENDING)
@@ -150,7 +150,7 @@ def _only_data(extents: Iterable[Extent]) -> Iterator[Extent]:
     return (e for e in extents if e.type == ALLOCATED)
 
 
-def _kept_backing(image: Image, directory: str) -> tuple[str, str]:
+def kept_backing(image: Image, directory: str) -> tuple[str, str]:
     """The name and format of FILE's own backing file, as an image in the directory needs them."""
     storage, layer = image.chain[1]
     form = "qcow2" if isinstance(layer, Disk) else "raw"
@@ -176,7 +176,7 @@ def _check_depth(files: int) -> None:
         )
 
 
-def _check_local(image: Image) -> None:
+def check_local(image: Image) -> None:
     """What qemu-img has a part in takes files."""
     if is_uri(image.path):
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
@@ -192,11 +192,11 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     Raises UsageError before anything is written when that cannot be done.
     """
     destination(out, JOIN_TARGETS).check_apart(top.files)
-    _check_local(top)
+    check_local(top)
     check_quiet(top.files)
     chain = top.chain[::-1]
     parts = [_layer_part(storage.path, layer) for storage, layer in chain]
-    _warn_of_encryption(top, warn)
+    warn_of_encryption(top, warn)
     for storage, layer in chain:
         if isinstance(layer, Disk) and read_table(storage).snapshots:
             warn(f"the snapshots inside {shown(storage.path)} are not carried over")
@@ -291,6 +291,6 @@ def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -
     return data
 
 
-def _warn_of_encryption(image: Image, warn: Warn) -> None:
+def warn_of_encryption(image: Image, warn: Warn) -> None:
     if image.encrypted:
         warn(f"{shown(image.path)} is encrypted, the result is not")

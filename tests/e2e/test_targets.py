@@ -17,9 +17,10 @@ from support.devices import attached, loop_device, mounted
 from support.qemu import MiB
 from support.server import ROOT
 
-COMMANDS = ["copy", "split", "join"]
+COMMANDS = ["copy", "compact", "split", "join"]
 WANTED = {
     "copy": "give a file, a block device or an NBD URI",
+    "compact": "give a file",
     "split": "give a directory that is absent or empty",
     "join": "give a file",
 }
@@ -153,7 +154,7 @@ def test_names_that_will_not_do(
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("kind", ["copy", "join"])
+@pytest.mark.parametrize("kind", ["copy", "compact", "join"])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -232,7 +233,7 @@ def test_names_that_will_do(image: Path, tmp_path: Path, kind: str, name: str) -
     made = out.get(name, here / name)
     if kind == "split":
         qemu.run("qemu-img", "check", "-q", made / "active.qcow2")
-    elif kind == "join":
+    elif kind in ("compact", "join"):
         qemu.run("qemu-img", "check", "-q", made)
     else:
         assert made.read_bytes() == bytes([7]) * MiB
@@ -292,7 +293,7 @@ def shared(image: Path) -> Iterator[Path]:
         yield directory
 
 
-@pytest.mark.parametrize("kind", ["copy", "join"])
+@pytest.mark.parametrize("kind", ["copy", "compact", "join"])
 def test_what_one_may_not_replace_is_told_at_once(shared: Path, kind: str) -> None:
     out = shared / "out"
     out.write_text("kept")

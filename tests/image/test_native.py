@@ -373,6 +373,7 @@ def test_all_of_this_with_sanitizers(tmp_path):
     """The engine compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
     for folder in ("qcow2snap_core", "packaging", "tests/support"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "tests" / "image").mkdir()
     for file in ("tests/conftest.py", "tests/image/test_native.py"):
         shutil.copy(ROOT / file, tmp_path / file)
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"

@@ -23,6 +23,7 @@ from typing import Any
 
 from qcow2snap_core import cli
 from qcow2snap_core.cli import copy as cli_copy
+from qcow2snap_core.errors import ImageError
 from qcow2snap_core.format.snapshots import Snapshot
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.image import Image, Options, open_image
@@ -47,6 +48,10 @@ class Hung(Exception):
 
 class Unavailable(Exception):
     """This machine, or this image, does not allow a comparison."""
+
+
+class Unreadable(Unavailable):
+    """QEMU has damaged the image so that it cannot read it itself, and neither can we."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,22 @@ class World:
         shutil.copyfile(self.path, copy)
         if snapshot is not None:
             qemu.activate(copy, snapshot, snapshot.disk_size)
-        return State(snapshot, copy, self.content(copy), self.map(copy))
+        try:
+            content = self.original(copy)
+        except Unreadable:
+            self._read_in_vain(snapshot)
+            raise
+        return State(snapshot, copy, content, self.map(copy))
+
+    def _read_in_vain(self, snapshot: Snapshot | None) -> None:
+        """Raises Different when we read what QEMU cannot."""
+        with self.open() as image:
+            disk = image.active_disk() if snapshot is None else image.disk(snapshot)
+            try:
+                disk.pread(disk.size, 0)
+            except ImageError:
+                return
+        raise Different("QEMU cannot read all of a state, and we can")
 
     @functools.cached_property
     def secrets(self) -> list[str | None]:
@@ -136,15 +156,39 @@ class World:
         """What qemu-img reads."""
         return secret.content(path, self.secrets if secrets is None else secrets)
 
-    def part(self, path: Path, offset: int, length: int) -> bytes:
+    def original(self, path: Path, secrets: secret.Secrets | None = None) -> bytes:
+        """The same of an image that QEMU itself made.  Raises Unreadable."""
+        try:
+            return self.content(path, secrets)
+        except AssertionError as e:
+            if "Input/output error" in str(e):
+                raise Unreadable(str(e)) from e
+            raise
+
+    def vm_state(self, path: Path, s: Snapshot, secrets: secret.Secrets | None = None) -> bytes:
+        """What QEMU reads behind the disk when it is made larger."""
+        copy = self.directory / "vm-state"
+        with open_image(str(path), Options(data=False, layers=False)) as image:
+            per_l1_entry = image.disk(s).mapping.bytes_per_l1_entry
+        base = -(-s.disk_size // per_l1_entry) * per_l1_entry
+        shutil.copyfile(path, copy)
+        qemu.activate(copy, s, base + s.vm_state_size)
+        found = self.part(copy, base, s.vm_state_size, secrets)
+        copy.unlink()
+        return found
+
+    def part(
+        self, path: Path, offset: int, length: int, secrets: secret.Secrets | None = None
+    ) -> bytes:
         """What qemu-img reads there; the rest may be too large to be read."""
+        secrets = self.secrets if secrets is None else secrets
         where = f"driver=raw,offset={offset},size={length},file.driver=qcow2,"
         where += f"file.file.driver=file,file.file.filename={path}"
-        for n, s in enumerate(self.secrets):
+        for n, s in enumerate(secrets):
             if s is not None:
                 where += f",file.{'backing.' * n}encrypt.key-secret=s{n}"
         out = path.with_name("part")
-        objects = secret.objects(self.secrets)
+        objects = secret.objects(secrets)
         qemu.run("qemu-img", "convert", *objects, "-O", "raw", "--image-opts", where, out)
         return out.read_bytes()
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import qemu
+from qcow2snap_core.format.snapshots import Snapshot
+from qcow2snap_core.image.image import Options, open_image
+from support import qemu, secret
 from support.running import eventually
 
 from .world import Different, State, Unavailable, World, remove, same, trust_base
@@ -117,10 +120,41 @@ def joins(world: World, rng: random.Random) -> None:
         if fmt == "raw":
             layers[path.stem] = path.read_bytes()
         else:
-            layers[path.stem] = world.content(path, world.secrets[number:])
+            layers[path.stem] = world.original(path, world.secrets[number:])
     world.command("join", world.path, out, *world.keys)
     _compare_joined(world, out, layers, "join")
     remove(out)
+
+
+def compacts(world: World, rng: random.Random) -> None:
+    """Every snapshot again, with all that was said of it, and the active disk."""
+    out = world.directory / "compact"
+    how = rng.choice([[], [], ["--compress", "zlib"], ["--compress", "zstd"]])
+    world.command("compact", world.path, out, *how, *world.keys)
+    secrets = [None, *world.secrets[1:]]  # it is plain itself, what it lies on is as it was
+    said = qemu.run("qemu-img", "check", *secret.objects(secrets), *secret.opened(out, secrets))
+    if "No errors" not in said:
+        raise Different(f"compact: {said}")
+    with open_image(str(out), Options(layers=False, data=False)) as image:
+        there = image.snapshots
+    expected = [state.snapshot for state in world.states[:-1]]
+    if [_described(s) for s in there] != [_described(s) for s in expected if s is not None]:
+        raise Different(f"compact {how}: {there}, not {expected}")
+    copy = world.directory / "snapshot"
+    for state, snapshot in zip(world.states, [*there, None], strict=True):
+        shutil.copyfile(out, copy)
+        if snapshot is not None:
+            qemu.activate(copy, snapshot, snapshot.disk_size)
+        same(f"compact {how}: {state.name}", world.content(copy, secrets), state.content)
+        if snapshot is not None and snapshot.vm_state_size:
+            ours = world.vm_state(out, snapshot, secrets)
+            same(f"compact {how}: VM state", ours, world.vm_state(world.path, state.snapshot))
+    remove(out)
+    remove(copy)
+
+
+def _described(s: Snapshot) -> tuple[object, ...]:
+    return (*s.identity[:5], s.icount, s.disk_size, s.vm_state_size)
 
 
 def _compare_joined(world: World, out: Path, layers: dict[str, bytes], what: str) -> None:

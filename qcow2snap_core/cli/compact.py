@@ -1,0 +1,39 @@
+"""Copy an image with all its snapshots, and without what deleted ones have left behind.
+
+Every snapshot keeps its ID, name, dates, clock and VM state; each cluster is written once, however
+many snapshots share it, and those that are compressed stay so. A backing file of FILE is that of
+OUT as well. OUT is not encrypted. FILE is only read, and must not be in use. OUT appears when it is
+whole: when every snapshot in it has been read back and compared with the one in FILE."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..transfer.compact import COMPACT_TARGETS, compact
+from ..transfer.compressors import COMPRESSIONS
+from ..transfer.destination import destination
+from ..util.interrupts import deferred
+from .common import add_image_options, add_no_verify, open_from
+from .running import warn
+
+HELP = "copy an image with all its snapshots, and nothing else"
+EXAMPLE = "qcow2snap compact disk.qcow2 small.qcow2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument("out", metavar="OUT", help="the image to write")
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESSIONS,
+        help="compress what is not compressed in FILE",
+    )
+    add_no_verify(parser)
+    add_image_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    destination(args.out, COMPACT_TARGETS)  # before a passphrase is asked for
+    with open_from(args) as image, deferred():
+        compact(image, args.out, warn, args.compress, args.verify)
+    return 0

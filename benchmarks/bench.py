@@ -93,7 +93,7 @@ def print_machine(results: dict[str, dict[str, Any]], machine: dict[str, str]) -
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("rows", nargs="*", help="those whose name begins so; all if none")
+    parser.add_argument("rows", nargs="*", help="by name or by how names begin; all if none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", default="plugin", help="native,python for two columns")
     parser.add_argument("--json", type=Path, help="put the results there too, beside other rows'")
@@ -156,36 +156,43 @@ def main() -> int:
         return 0
 
     def chosen(name: str) -> bool:
-        return not args.rows or any(name.startswith(x) for x in args.rows)
+        names = [row.name for row in ROWS]
+        return not args.rows or any(
+            name == x if x in names else name.startswith(x) for x in args.rows
+        )
 
     wanted = [row for row in ROWS if chosen(row.name)]
-    results = {}
-    for i, row in enumerate(wanted, 1):
-        print(f"\r\033[K{i}/{len(wanted)} {row.name}", end="", file=sys.stderr, flush=True)
-        summary, rounds = measure(row, args.engines, args.rounds)
-        raw = [{k: f._asdict() for k, f in r.items()} for r in rounds]
-        results[row.name] = {**summary, "rounds": raw}
-    print("\r\033[K", end="", file=sys.stderr)
-    seconds: dict[str, list[Start]] = {}
-    if chosen("start"):
-        images = [build(FOLDER, name) for name in ("1-gib-empty", "16-tib-empty")]
-        seconds = starts(args.engines, images, max(START_ROUNDS, args.rounds))
-    costs = {}
-    if chosen("guard"):
-        costs = {kind: guard(kind, build(FOLDER, "plain")) for kind in args.engines}
-    everything = {
+    results: dict[str, dict[str, Any]] = {}
+    everything: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": report.machine(),
         "rounds": args.rounds,
         "engines": {kind: engine(kind) for kind in args.engines},
         "native": os.environ.get("QCOW2SNAP_NATIVE"),
         "rows": results,
-        "start_ms": {name: [s._asdict() for s in each] for name, each in seconds.items()},
-        "guard_us": costs,
+        "start_ms": {},
+        "guard_us": {},
     }
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(merged(args.json, everything), indent=1) + "\n")
+
+    for i, row in enumerate(wanted, 1):
+        print(f"\r\033[K{i}/{len(wanted)} {row.name}", end="", file=sys.stderr, flush=True)
+        summary, rounds = measure(row, args.engines, args.rounds)
+        raw = [{k: f._asdict() for k, f in r.items()} for r in rounds]
+        results[row.name] = {**summary, "rounds": raw}
+        keep()  # whoever interrupts a long run has the rows that are done
+    print("\r\033[K", end="", file=sys.stderr)
+    if chosen("start"):
+        images = [build(FOLDER, name) for name in ("1-gib-empty", "16-tib-empty")]
+        found = starts(args.engines, images, max(START_ROUNDS, args.rounds))
+        everything["start_ms"] = {k: [s._asdict() for s in each] for k, each in found.items()}
+    if chosen("guard"):
+        everything["guard_us"] = {k: guard(k, build(FOLDER, "plain")) for k in args.engines}
     show(everything)
-    if args.json:
-        args.json.write_text(json.dumps(merged(args.json, everything), indent=1) + "\n")
+    keep()
     return 0
 
 

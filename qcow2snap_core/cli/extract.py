@@ -30,7 +30,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-files", metavar="N", type=int, default=MOST_ENTRIES, help="give up beyond so many"
     )
-    parser.add_argument("--max-bytes", metavar="SIZE", help="give up beyond so much; default: what is free")
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", help="give up beyond it; default: what is free"
+    )
     add_guest_options(parser)
 
 

@@ -10,6 +10,7 @@ MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core examples tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-all deps-test
+.PHONY: simulation soak coverage
 .PHONY: mutants differential fuzz native install uninstall deb rpm clean
 
 help:
@@ -20,6 +21,8 @@ help:
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/image/test_disk.py"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
+	@echo "make simulation      the guard against QEMU's writes in any order, 20,000 histories (two minutes;"
+	@echo "                     SEEDS= FROM= for others)"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
 	@echo "                     and build/bench.svg; ROWS='plain luks/copy' chooses rows, ROUNDS=3 how often,"
 	@echo "                     ENGINES=native,python measures the plugin with both, side by side;"
@@ -30,6 +33,9 @@ help:
 	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/;"
 	@echo "                     SANITIZE=1 with the native engine under AddressSanitizer and UBSan,"
 	@echo "                     TARGET='engine 300' one of them for five minutes"
+	@echo "make soak            a server used and misused for an hour (MINUTES=): does it keep anything?"
+	@echo "make coverage        the tests (TESTS=) without the native engine, and which branches they"
+	@echo "                     take; coverage goes into build/coverage/"
 	@echo "make lint            ruff and mypy, from a virtual environment in $(VENV)/"
 	@echo "make format          let ruff format the sources"
 	@echo "make native          compile the native engine in place; make deps does it too"
@@ -100,6 +106,10 @@ test-live: deps-test
 compare-live: deps-test
 	@$(PYTHON) tests/live/compare_qemu_nbd.py
 
+simulation: SEEDS = 20000
+simulation: deps-test
+	$(PYTHON) tests/simulation --seeds $(SEEDS) --from $(FROM)
+
 COUNT ?= 20000
 mutants: deps-test
 	$(PYTHON) tests/support/mutants.py $(COUNT)
@@ -109,6 +119,28 @@ SEEDS ?= 2000
 FROM ?= 0
 differential: deps-test
 	$(PYTHON) tests/differential.py --seeds $(SEEDS) --from $(FROM)
+
+soak: MINUTES = 60
+soak: deps-test
+	$(PYTHON) tests/soak.py --minutes $(MINUTES)
+
+# What every interpreter that is started meanwhile measures too: the command's, and nbdkit's embedded
+# one, which sees no virtual environment but what PYTHONPATH says.
+COVERAGE := build/coverage
+$(COVERAGE)/ready: packaging/requirements-coverage.txt | deps-test
+	$(PYTHON) -m venv --system-site-packages $(COVERAGE)
+	$(COVERAGE)/bin/pip install -q --disable-pip-version-check -r $<
+	mkdir -p $(COVERAGE)/start
+	echo 'import coverage; coverage.process_startup()' > $(COVERAGE)/start/sitecustomize.py
+	touch $@
+
+coverage: $(COVERAGE)/ready
+	rm -f $(COVERAGE)/data*
+	COVERAGE_PROCESS_START=$(CURDIR)/packaging/coverage.ini QCOW2SNAP_NATIVE=0 \
+	PYTHONPATH=$(CURDIR)/$(COVERAGE)/start:$$(echo $(CURDIR)/$(COVERAGE)/lib/python3*/site-packages) \
+	    $(PYTHON) -m pytest -q -p no:cacheprovider $(TESTS)
+	$(COVERAGE)/bin/coverage combine -q --rcfile=packaging/coverage.ini
+	$(COVERAGE)/bin/coverage report --rcfile=packaging/coverage.ini
 
 # atheris comes from PyPI as well, and only here.
 $(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test

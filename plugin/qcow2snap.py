@@ -89,8 +89,11 @@ def dump_plugin():
 
     print(f"qcow2snap_version={__version__}")
     print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
-    for codec, there in {**codecs.available(), "luks": encryption.available()}.items():
-        print(f"qcow2snap_{codec}={'yes' if there else 'no'}")
+    optional = codecs.available()
+    optional["luks"] = encryption.available()
+    optional["gcrypt"] = encryption.gcrypt_available()
+    for what, there in optional.items():
+        print(f"qcow2snap_{what}={'yes' if there else 'no'}")
     sys.stdout.flush()
 
 

@@ -5,18 +5,23 @@
 
     make fuzz SANITIZE=1                         the native engine with AddressSanitizer and UBSan
 
-The seeds are parts of images that QEMU has just made.  An input that does harm is left in
-build/fuzz/found/, and belongs into a test of its own.
+The seeds are parts of images that QEMU has just made, and what earlier runs found worth keeping, in
+tests/corpus/TARGET.zip (as OSS-Fuzz names and packs them); test_corpus.py tries those without a
+fuzzer.  An input that does harm is left in build/fuzz/found/, and belongs into a test of its own.
+
+    build/fuzz/bin/python tests/fuzz.py --keep 60        a minute for each, and a new tests/corpus
 """
 
 # ruff: noqa: E402 (what is instrumented is imported first)
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,7 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-FOUND = Path("build/fuzz/found").resolve()
+FOUND = ROOT / "build" / "fuzz" / "found"
+CORPUS = ROOT / "tests" / "corpus"
 SECONDS = 9
 
 if len(sys.argv) > 1 and __name__ == "__main__":
@@ -300,13 +306,34 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
             yield bytes([kind == "zstd"]) + image[at : at + 512 * (sectors + 1)]
 
 
-def fuzz(target: str, seconds: int) -> None:
+def corpus_of(target: str) -> list[bytes]:
+    """The inputs that are kept."""
+    if not (CORPUS / f"{target}.zip").exists():
+        return []
+    with zipfile.ZipFile(CORPUS / f"{target}.zip") as kept:
+        return [kept.read(name) for name in kept.namelist()]
+
+
+MOST_KEPT, MOST_KEPT_BYTES = 120, 8192  # inputs of a target, and how long one of them may be
+
+
+def keep(target: str, found: list[bytes]) -> None:
+    """The shortest ones: the fuzzer stores none that took no new branch."""
+    CORPUS.mkdir(exist_ok=True)
+    chosen = sorted({x for x in found if len(x) <= MOST_KEPT_BYTES}, key=len)[:MOST_KEPT]
+    with zipfile.ZipFile(CORPUS / f"{target}.zip", "w", zipfile.ZIP_DEFLATED) as kept:
+        for data in chosen:
+            when = zipfile.ZipInfo(hashlib.sha1(data).hexdigest())  # of 1980: the same file again
+            kept.writestr(when, data, zipfile.ZIP_DEFLATED)
+
+
+def fuzz(target: str, seconds: int, into: str | None = None) -> None:
     os.environ.pop("LD_PRELOAD", None)  # the sanitizers are not for QEMU's tools
     FOUND.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        corpus = Path(directory, "corpus")
+        corpus = Path(into or directory, "corpus")
         corpus.mkdir()
-        for number, seed in enumerate(seeds(Path(directory), target)):
+        for number, seed in enumerate([*seeds(Path(directory), target), *corpus_of(target)]):
             (corpus / str(number)).write_bytes(seed)
         limits = [f"-max_total_time={seconds}", "-timeout=5", "-rss_limit_mb=1024"]
         limits += ["-max_len=65536", "-print_final_stats=1", "-verbosity=1"]
@@ -316,16 +343,24 @@ def fuzz(target: str, seconds: int) -> None:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        fuzz(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
+    keeping = sys.argv[1:2] == ["--keep"]
+    if len(sys.argv) > 1 and not keeping:
+        fuzz(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else SECONDS, *sys.argv[3:4])
         return 0
+    with tempfile.TemporaryDirectory() as directory:
+        return all_targets(Path(directory), sys.argv[2] if keeping else None)
+
+
+def all_targets(directory: Path, keep_after: str | None) -> int:
     bad = []
     if ENGINE is None:
         del TARGETS["engine"]
         print("engine: it is not there to be fuzzed")
     for target in TARGETS:
+        place = directory / target
+        place.mkdir()
         done = subprocess.run(
-            [sys.executable, __file__, target, str(SECONDS)],
+            [sys.executable, __file__, target, keep_after or str(SECONDS), str(place)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -337,6 +372,8 @@ def main() -> int:
         print(
             f"{target}:{runs} inputs, {'harm found' if done.returncode else 'no harm'}", flush=True
         )
+        if keep_after:
+            keep(target, [file.read_bytes() for file in (place / "corpus").iterdir()])
         if done.returncode:
             bad.append(target)
             print("\n".join(lines[-60:]))

@@ -11,14 +11,15 @@
 
 enum { FEW = 8, MOST_CONTENT = 17 << 10, MOST_LAYERS = 256 };
 
-/* What the file says while the snapshot is there (snapshots.Proof): the header's bytes, then the
- * table's, to be read in this order after the data was.  No length: nothing to compare. */
+/* What the file says while the snapshot is there (TableFingerprint): the header's bytes, the table's
+ * and the header's again, to be read in this order after the data was.  No length: nothing to
+ * compare. */
 typedef struct {
     struct part {
         const char *content;
         Py_ssize_t length;
         unsigned long long offset;
-    } parts[2];
+    } parts[3];
     PyObject *owner; /* of the contents; NULL: ask Python */
 } proof;
 
@@ -85,7 +86,8 @@ static bool fill(const reader *self, PyObject *target, PyObject *number) {
         Py_BEGIN_ALLOW_THREADS
         for (size_t i = 0; done && i < p.count; i++)
             done = carry_out(&p.pieces[i]);
-        done = done && holds(self->fd, &expected.parts[0]) && holds(self->fd, &expected.parts[1]);
+        for (int i = 0; done && i < 3; i++)
+            done = holds(self->fd, &expected.parts[i]);
         Py_END_ALLOW_THREADS
         Py_DECREF(expected.owner);
     }
@@ -98,13 +100,13 @@ static PyObject *reader_read(const reader *self, PyObject *const *args, Py_ssize
     return PyBool_FromLong(count == 2 && fill(self, args[0], args[1]));
 }
 
-/* Two pieces ((content, offset), …), none, or None: then Python is asked. */
+/* Three pieces ((content, offset), …), none, or None: then Python is asked. */
 static PyObject *reader_expect(reader *self, PyObject *pieces) {
     proof next = { .owner = NULL };
-    struct part *first = &next.parts[0], *second = &next.parts[1];
+    struct part *p = next.parts;
     if (pieces != Py_None) {
-        if (!PyArg_ParseTuple(pieces, "|(y#K)(y#K)", &first->content, &first->length,
-                &first->offset, &second->content, &second->length, &second->offset))
+        if (!PyArg_ParseTuple(pieces, "|(y#K)(y#K)(y#K)", &p[0].content, &p[0].length, &p[0].offset,
+                &p[1].content, &p[1].length, &p[1].offset, &p[2].content, &p[2].length, &p[2].offset))
             return NULL;
         next.owner = Py_NewRef(pieces);
     }

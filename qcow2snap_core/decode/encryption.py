@@ -24,6 +24,15 @@ def available() -> bool:
     return importlib.util.find_spec("cryptography") is not None
 
 
+def gcrypt_available() -> bool:
+    """Whether that is so for other ciphers than AES, too."""
+    if not available():
+        return False
+    from . import gcrypt
+
+    return gcrypt.available()
+
+
 class Encryption(NamedTuple):
     """A cipher, and which offset numbers its sectors."""
 

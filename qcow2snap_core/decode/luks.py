@@ -16,6 +16,7 @@ from construct import Array, Bytes, Int16ub, Int32ub, Struct
 
 from ..errors import ImageError, UsageError, shown
 from ..format.ondisk import MAX_LUKS_ITERATIONS
+from . import gcrypt
 from .ciphers import (
     SECTOR,
     CbcSectors,
@@ -64,6 +65,7 @@ _HASHES: Final = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd
 class _Cipher(NamedTuple):
     """What cipher_name, cipher_mode and hash_spec say, made sure of."""
 
+    name: str  # aes, serpent, twofish or cast5
     mode: str  # xts, cbc, ctr or ecb
     generator: str  # plain, plain64 or essiv
     essiv_hash: str
@@ -71,6 +73,8 @@ class _Cipher(NamedTuple):
     def make(self, key: bytes) -> SectorCipher:
         bits = 32 if self.generator == "plain" else 64
         essiv_key = _hash(self.essiv_hash, key) if self.generator == "essiv" else None
+        if self.name != "aes":
+            return gcrypt.GcryptSectors(self.name, self.mode, key, bits, essiv_key)
         native = make_cipher(self.mode, key, bits, essiv_key)
         if native is not None:
             return native
@@ -106,6 +110,8 @@ def open_luks(area: bytes, passphrase: bytes, path: str) -> SectorCipher:
     cipher = _parse_cipher(_name(h.cipher_name), _name(h.cipher_mode), h.key_bytes)
     if isinstance(cipher, str):
         raise bad(cipher)
+    if cipher.name != "aes" and not gcrypt.available():
+        raise bad(f"its LUKS cipher is {cipher.name}: install libgcrypt20 (Fedora: libgcrypt)")
     iterations = 0
 
     for slot in h.key_slots:
@@ -139,17 +145,26 @@ def _parse_cipher(name: str, mode_spec: str, key_bytes: int) -> _Cipher | str:
     mode, _, generator = mode_spec.partition("-")
     generator, _, essiv_hash = generator.partition(":")
     described = shown(f"{name}-{mode_spec}")
-    if name != "aes" or mode not in ("xts", "cbc", "ctr", "ecb"):
-        return f"the LUKS cipher {described} is not supported, only AES in XTS, CBC, CTR or ECB is"
+    if name not in ("aes", *gcrypt.NAMES) or mode not in ("xts", "cbc", "ctr", "ecb"):
+        return (
+            f"the LUKS cipher {described} is not supported, only AES, Serpent, Twofish and CAST5 "
+            f"in XTS, CBC, CTR or ECB are"
+        )
     if mode != "ecb" and generator not in ("plain", "plain64", "essiv"):
         return f"the IV generator of the LUKS cipher {described} is not supported"
     if generator == "essiv" and not _available(essiv_hash):
         return f"the hash of the LUKS cipher {described} is not supported"
-    if generator == "essiv" and hashlib.new(essiv_hash).digest_size not in _KEY_SIZES:
-        return f"the hash of the LUKS cipher {described} makes no AES key"
+    essiv_bytes = hashlib.new(essiv_hash).digest_size if generator == "essiv" else None
+    if essiv_bytes not in (None, *_KEY_SIZES):
+        return f"the hash of the LUKS cipher {described} makes no key of it"
     if key_bytes not in (2 * size if mode == "xts" else size for size in _KEY_SIZES):
         return f"the LUKS cipher {described} cannot have a key of {key_bytes} bytes"
-    return _Cipher(mode, generator, essiv_hash)
+    if name != "aes":
+        bits = key_bytes * 8 // (2 if mode == "xts" else 1)
+        wrong = gcrypt.wrong_with(name, mode, bits, essiv_bytes and essiv_bytes * 8)
+        if wrong:
+            return f"the LUKS cipher {described} {wrong}"
+    return _Cipher(name, mode, generator, essiv_hash)
 
 
 def _merge(split: bytearray, size: int, hash_name: str) -> bytes:

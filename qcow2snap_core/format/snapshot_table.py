@@ -32,15 +32,14 @@ class TableFingerprint(NamedTuple):
     """What a table was from its start to the end of one entry: while that is still there and
     the header points to it, the entry is one of its entries."""
 
-    expected: (
-        ExpectedBytes  # the header's twelve bytes that led to the table; then the table itself,
-    )
-    digest: bytes | None  # or its hash where it is too long to be kept for every reader
+    #: the header's twelve bytes that led to the table; the table itself; the header again
+    expected: ExpectedBytes
+    digest: bytes | None  # the hash of a table that is too long to be kept for every reader
     offset: int  # host offset of the table
     length: int
 
     def holds(self, storage: Storage) -> bool:
-        """Whether the file still says so; the header is read first."""
+        """Whether the file still says so; the header is read first, and last."""
         if not storage.holds(self.expected):
             return False
         if self.digest is None:
@@ -48,7 +47,7 @@ class TableFingerprint(NamedTuple):
         present = _hash()
         for at in range(0, self.length, _PIECE):
             present.update(storage.read(min(_PIECE, self.length - at), self.offset + at))
-        return present.digest() == self.digest
+        return present.digest() == self.digest and storage.holds(self.expected)
 
 
 def _hash() -> blake2b:
@@ -210,7 +209,7 @@ class _Reader:
         header = fields, q.SNAPSHOT_FIELDS_OFFSET
         if self._end <= len(self._first):
             table = self._first[: self._end], self._offset
-            return TableFingerprint((header, table), None, self._offset, self._end)
+            return TableFingerprint((header, table, header), None, self._offset, self._end)
         digest = self._digest.copy() if self._digest else _hash()
         digest.update(self._data[: self._end - self._gone])
         return TableFingerprint((header,), digest.digest(), self._offset, self._end)

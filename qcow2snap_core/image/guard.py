@@ -7,7 +7,7 @@ snapshot is still listed *after* the data was read, the data was the snapshot's.
 
 "Still listed" has to mean this one: a snapshot that was deleted and taken again can get the same
 count and offset in the header, the same place in the table, ID, name and even L1 offset.  Its
-time to the nanosecond and its VM clock differ.  Hence the two small reads of the usual case, the
+time to the nanosecond and its VM clock differ.  Hence the small reads of the usual case, the
 header's twelve bytes and then the table from its start to the entry's end, both compared as
 bytes.  The header comes first: if it was still the old one, the old table was still in force
 when the data was read, whatever the table's place holds by now; and if it is a new one that looks
@@ -15,7 +15,11 @@ the same, the table read after it is the new one.  Not the entry alone: QEMU cle
 a table, so a shorter one with as many entries, put where the old one was, leaves old entries
 standing behind its end.
 
-When either differs, the table is read again and the snapshot looked up by its identity.
+Nor the header once.  Its twelve bytes are not written as one, and a read at that moment can have
+the count of one header and the offset of the next: those of the old header again, where the next
+table is a shorter one in the old one's place.  So the header is read once more after the table.
+
+When any of it differs, the table is read again and the snapshot looked up by its identity.
 docs/live.md has the whole argument.
 
 Who reads the tables of many snapshots asks once for them all: the fingerprint then reaches to the

@@ -4,6 +4,7 @@
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 FUZZ := build/fuzz
+DISSECT := build/dissect
 RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core examples tests benchmarks
@@ -24,11 +25,14 @@ help:
 	@echo "                     SEEDS= FROM= for others)"
 	@echo "make bench           measure beside qemu-nbd and nbdkit's file plugin, into build/bench.json"
 	@echo "                     and build/bench.svg; ROWS='plain luks/copy' chooses rows, ROUNDS=3 how often,"
-	@echo "                     ENGINES=native,python measures the plugin with both, side by side"
+	@echo "                     ENGINES=native,python measures the plugin with both, side by side;"
+	@echo "                     JSON= another file.  Rows that were measured before stay in it"
 	@echo "make mutants         20,000 damaged images against QEMU (half an hour; COUNT= for another number)"
 	@echo "make differential    2,000 images made by random commands of QEMU's tools, and all that we say of"
 	@echo "                     them held against QEMU (half an hour; SEEDS= FROM= for others)"
-	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/"
+	@echo "make fuzz            fuzz each parser for a minute in all; atheris goes into build/fuzz/;"
+	@echo "                     SANITIZE=1 with the native engine under AddressSanitizer and UBSan,"
+	@echo "                     TARGET='engine 300' one of them for five minutes"
 	@echo "make soak            a server used and misused for an hour (MINUTES=): does it keep anything?"
 	@echo "make coverage        the tests (TESTS=) without the native engine, and which branches they"
 	@echo "                     take; coverage goes into build/coverage/"
@@ -75,19 +79,25 @@ READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_r
 	tests/e2e/test_matrix.py tests/e2e/test_disks.py tests/e2e/test_read_errors.py \
 	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
 	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py
-check: deps-test
+check: deps-test $(DISSECT)/ready
 	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 ifeq ($(TESTS),tests)
 	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 $(READING)
 endif
 
+# What reads XFS, Btrfs and LVM is on PyPI alone; without it those tests are left out.
+$(DISSECT)/ready: packaging/requirements-files.txt | $(VENV)/ready
+	$(VENV)/bin/pip install -q --disable-pip-version-check --target $(DISSECT) -r $<
+	touch $@
+
 ROUNDS ?= 5
 ROWS ?=
 ENGINES ?= plugin
+JSON ?= build/bench.json
 bench:
 	@packaging/install-deps bench
-	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --engines $(ENGINES) --json build/bench.json $(ROWS)
-	$(PYTHON) benchmarks/chart.py build/bench.json build/bench.svg
+	$(PYTHON) benchmarks/bench.py --rounds $(ROUNDS) --engines $(ENGINES) --json $(JSON) $(ROWS)
+	$(PYTHON) benchmarks/chart.py $(JSON) $(JSON:.json=.svg)
 
 # One test at a time: each makes load enough for a machine.
 test-live: deps-test
@@ -138,8 +148,24 @@ $(FUZZ)/ready: packaging/requirements-fuzz.txt | deps-test
 	$(FUZZ)/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-fuzz: $(FUZZ)/ready
-	$(FUZZ)/bin/python tests/fuzz.py
+SANITIZE ?=
+TARGET ?=
+SANITIZED := $(FUZZ)/sanitized
+fuzz: $(FUZZ)/ready $(ENGINE)
+ifeq ($(SANITIZE),)
+	$(FUZZ)/bin/python tests/fuzz.py $(TARGET)
+else
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	@cp -r qcow2snap_core packaging tests $(SANITIZED) && rm $(SANITIZED)/qcow2snap_core/_native/*.so
+	@# Linked without the sanitizers' library, which would hide the fuzzer's own from it.
+	cd $(SANITIZED)/qcow2snap_core/_native && cc -std=gnu11 -O1 -g -fPIC -c ./*.c \
+	    -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    -I"$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')" && \
+	    cc -shared ./*.o -o engine.abi3.so -ldl
+	LD_PRELOAD="$$($(FUZZ)/bin/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so" \
+	    PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	    $(FUZZ)/bin/python $(SANITIZED)/tests/fuzz.py $(TARGET)
+endif
 
 # Linters are no part of the product: they come from PyPI, at fixed versions, into a folder here.
 $(VENV)/ready: packaging/requirements-lint.txt | deps-test
@@ -158,7 +184,7 @@ format: $(VENV)/ready
 
 PREFIX ?= /usr/local
 # Exported only if they are set: packaging/install finds out what they are here.
-export PREFIX DESTDIR PLUGINDIR PYTHONDIR NBDKIT PYTHON
+export PREFIX DESTDIR PLUGINDIR PYTHONDIR ZSHDIR NBDKIT PYTHON
 install:
 	@packaging/install install
 

@@ -7,6 +7,9 @@ rounds do not agree as many again are measured, and the last ones count; if thos
 either there is no ratio.
 
     /usr/bin/python3 benchmarks/bench.py --rounds 5 --json result.json [ROW …]
+
+A table that takes longer than the machine is quiet can be measured a few rows at a time: what the
+file has already of the same machine stays in it, and ``--show`` prints it all.
 """
 
 from __future__ import annotations
@@ -90,10 +93,11 @@ def print_machine(results: dict[str, dict[str, Any]], machine: dict[str, str]) -
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("rows", nargs="*", help="those whose name begins so; all if none")
+    parser.add_argument("rows", nargs="*", help="by name or by how names begin; all if none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", default="plugin", help="native,python for two columns")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--json", type=Path, help="put the results there too, beside other rows'")
+    parser.add_argument("--show", action="store_true", help="print what is there, measure nothing")
     args = parser.parse_args()
     args.engines = args.engines.split(",")
     names = [*(row.name for row in ROWS), *SINGLES]
@@ -105,54 +109,90 @@ def parsed() -> argparse.Namespace:
             parser.error(f"{wanted} is no engine: there are {', '.join(ENGINES)}")
         if wanted != "plugin" and engine(wanted) != wanted:
             parser.error(f"the {wanted} engine is not here: nbdkit --dump-plugin says so too")
+    if args.show and (args.json is None or not args.json.exists()):
+        parser.error("--show prints what an earlier run has put into --json FILE")
     if args.rounds < 1:
         parser.error("there must be a round")
     return args
 
 
-def main() -> int:
-    args = parsed()
+def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found now, and what the file has besides of the same machine and engines."""
+    if not path.exists():
+        return found
+    before = json.loads(path.read_text())
+    if any(before[k] != found[k] for k in ("machine", "engines")):
+        return found
+    rows = before["rows"] | found["rows"]
+    order = [row.name for row in ROWS]
+    return found | {
+        "rows": {name: rows[name] for name in sorted(rows, key=order.index)},
+        "start_ms": found["start_ms"] or before["start_ms"],
+        "guard_us": found["guard_us"] or before["guard_us"],
+    }
 
-    def chosen(name: str) -> bool:
-        return not args.rows or any(name.startswith(x) for x in args.rows)
 
-    wanted = [row for row in ROWS if chosen(row.name)]
-    results, raw = {}, {}
-    for i, row in enumerate(wanted, 1):
-        print(f"\r\033[K{i}/{len(wanted)} {row.name}", end="", file=sys.stderr, flush=True)
-        results[row.name], rounds = measure(row, args.engines, args.rounds)
-        raw[row.name] = [{k: f._asdict() for k, f in r.items()} for r in rounds]
-    print("\r\033[K", end="", file=sys.stderr)
-    machine, running = report.machine(), {kind: engine(kind) for kind in args.engines}
-    print_machine(results, machine)
-    print(", ".join(f"{kind}: {which} engine" for kind, which in running.items()))
+def show(everything: dict[str, Any]) -> None:
+    """Print the machine, the table, and what is no row of it."""
+    results, engines = everything["rows"], list(everything["engines"])
+    print_machine(results, everything["machine"])
+    print(", ".join(f"{kind}: {which} engine" for kind, which in everything["engines"].items()))
     if results:
-        print(report.table(results, args.engines))
+        print(report.table(results, engines))
     for line in report.notes(results):
         print(line)
-    seconds: dict[str, list[Start]] = {}
+    if everything["start_ms"]:
+        found = {k: [Start(**s) for s in each] for k, each in everything["start_ms"].items()}
+        print_starts(found, engines)
+    for kind, cost in everything["guard_us"].items():
+        reached = "yes" if cost <= GUARD_GOAL else "no"
+        print(f"guard, {kind}: {cost:.2f} us a read, goal {GUARD_GOAL}: {reached}")
+
+
+def main() -> int:
+    args = parsed()
+    if args.show:
+        show(json.loads(args.json.read_text()))
+        return 0
+
+    def chosen(name: str) -> bool:
+        names = [row.name for row in ROWS]
+        return not args.rows or any(
+            name == x if x in names else name.startswith(x) for x in args.rows
+        )
+
+    wanted = [row for row in ROWS if chosen(row.name)]
+    results: dict[str, dict[str, Any]] = {}
+    everything: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": report.machine(),
+        "rounds": args.rounds,
+        "engines": {kind: engine(kind) for kind in args.engines},
+        "native": os.environ.get("QCOW2SNAP_NATIVE"),
+        "rows": results,
+        "start_ms": {},
+        "guard_us": {},
+    }
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(merged(args.json, everything), indent=1) + "\n")
+
+    for i, row in enumerate(wanted, 1):
+        print(f"\r\033[K{i}/{len(wanted)} {row.name}", end="", file=sys.stderr, flush=True)
+        summary, rounds = measure(row, args.engines, args.rounds)
+        raw = [{k: f._asdict() for k, f in r.items()} for r in rounds]
+        results[row.name] = {**summary, "rounds": raw}
+        keep()  # whoever interrupts a long run has the rows that are done
+    print("\r\033[K", end="", file=sys.stderr)
     if chosen("start"):
         images = [build(FOLDER, name) for name in ("1-gib-empty", "16-tib-empty")]
-        seconds = starts(args.engines, images, max(START_ROUNDS, args.rounds))
-        print_starts(seconds, args.engines)
-    costs = {}
+        found = starts(args.engines, images, max(START_ROUNDS, args.rounds))
+        everything["start_ms"] = {k: [s._asdict() for s in each] for k, each in found.items()}
     if chosen("guard"):
-        costs = {kind: guard(kind, build(FOLDER, "plain")) for kind in args.engines}
-        for kind, cost in costs.items():
-            reached = "yes" if cost <= GUARD_GOAL else "no"
-            print(f"guard, {kind}: {cost:.2f} us a read, goal {GUARD_GOAL}: {reached}")
-    if args.json:
-        everything = {
-            "date": date.today().isoformat(),
-            "machine": machine,
-            "rounds": args.rounds,
-            "engines": running,
-            "native": os.environ.get("QCOW2SNAP_NATIVE"),
-            "rows": {name: {**r, "rounds": raw[name]} for name, r in results.items()},
-            "start_ms": {name: [s._asdict() for s in each] for name, each in seconds.items()},
-            "guard_us": costs,
-        }
-        args.json.write_text(json.dumps(everything, indent=1) + "\n")
+        everything["guard_us"] = {k: guard(k, build(FOLDER, "plain")) for k in args.engines}
+    show(everything)
+    keep()
     return 0
 
 

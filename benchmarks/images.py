@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,13 @@ def _luks(path: Path, size: int) -> None:
     secret = ("--object", f"secret,id=s,data={SECRET}")
     opts = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
     form = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    qemu("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", form, path, size)
+    create = ("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", form, path, size)
+    for _ in range(9):  # QEMU gives up where it cannot measure how fast PBKDF2 is
+        with suppress(subprocess.CalledProcessError):
+            qemu(*create)
+            break
+    else:
+        qemu(*create)
     source = content(path, size)
     target = ("--target-image-opts", "-n", "-f", "raw", source, opts)
     qemu("qemu-img", "convert", *secret, *target)

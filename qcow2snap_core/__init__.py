@@ -29,7 +29,7 @@ if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
 if TYPE_CHECKING:
     from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
     from .library.analysis import Finding, changes, check, exclusive_sizes
-    from .library.conversion import Copied, copy, join, split
+    from .library.conversion import Copied, compact, copy, join, split
     from .library.disk import Disk, Extent
     from .library.image import Image, open  # noqa: A004 (the name that users expect: gzip.open)
     from .library.snapshot import Snapshot
@@ -51,6 +51,7 @@ __all__ = [
     "__version__",
     "changes",
     "check",
+    "compact",
     "copy",
     "exclusive_sizes",
     "join",
@@ -61,7 +62,7 @@ __all__ = [
 _HOMES = {
     "errors": ("Error", "ImageError", "SnapshotGone", "StorageError", "UsageError"),
     "library.analysis": ("Finding", "changes", "check", "exclusive_sizes"),
-    "library.conversion": ("Copied", "copy", "join", "split"),
+    "library.conversion": ("Copied", "compact", "copy", "join", "split"),
     "library.disk": ("Disk", "Extent"),
     "library.image": ("Image", "open"),
     "library.snapshot": ("Snapshot",),

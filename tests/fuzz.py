@@ -3,6 +3,8 @@
     make fuzz                                    a minute for all targets
     build/fuzz/bin/python tests/fuzz.py table 600        ten minutes for one
 
+    make fuzz SANITIZE=1                         the native engine with AddressSanitizer and UBSan
+
 The seeds are parts of images that QEMU has just made, and what earlier runs found worth keeping, in
 tests/corpus/TARGET.zip (as OSS-Fuzz names and packs them); test_corpus.py tries those without a
 fuzzer.  An input that does harm is left in build/fuzz/found/, and belongs into a test of its own.
@@ -14,11 +16,13 @@ fuzzer.  An input that does harm is left in build/fuzz/found/, and belongs into 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -37,19 +41,21 @@ if __name__ == "__main__" and sys.argv[1:2] not in ([], ["--keep"]):
         # All of them, by what they import in turn.
         import qcow2snap_core.decode.luks
         import qcow2snap_core.format.bitmaps
+        import qcow2snap_core.image.disk
         import qcow2snap_core.image.image
         import qcow2snap_core.image.subclusters  # noqa: F401
 
 from support import catalogue, damage, qemu
 
+from qcow2snap_core._native.loaded import ENGINE
 from qcow2snap_core.decode import codecs, luks
 from qcow2snap_core.errors import Error, ImageError
 from qcow2snap_core.format import bitmaps, snapshot_table
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
-from qcow2snap_core.image import mapping, subclusters, tablereader
+from qcow2snap_core.image import clusters, disk, guard, layers, mapping, subclusters, tablereader
 from qcow2snap_core.storage import libnbd
-from qcow2snap_core.storage.local import ExpectedBytes
+from qcow2snap_core.storage.local import ExpectedBytes, File
 from qcow2snap_core.transfer import records
 from qcow2snap_core.util.cache import BoundedCache
 
@@ -122,6 +128,48 @@ def tables(data: bytes) -> None:
                 at += length
 
 
+class Content(guard.Unguarded):
+    """Lets the native engine read, with nothing to compare."""
+
+    def __init__(self, storage: File) -> None:
+        super().__init__(storage)
+        self.plain_fd = storage.plain_fd
+
+    def tell(self, expect: guard.Expect) -> None:
+        expect(())
+
+
+def engine(data: bytes) -> None:
+    """Four requests of 4 bytes, then a file as in :func:`tables`, which is data too, and lies below
+    as a raw file.  What the native engine answers is what Python answers."""
+    fd = os.memfd_create("fuzzed")
+    os.write(fd, data[17:])
+    storage = File("fuzzed", "/fuzzed", fd)
+    flags = data[16] if len(data) > 16 else 0
+    wide = bool(flags & 1)
+    bits = CLUSTER_BITS[wide]
+    geometry = tablereader.Geometry(bits, 2 + bool(flags & 2), wide, bool(flags & 4))
+    cache: mapping.TableCache = BoundedCache(1 << 20)
+    kind = subclusters.SubclusterMapping if wide else mapping.Mapping
+    tables = kind(storage, geometry, 0, 8, cache, 0)
+    codec = codecs.Zstd() if flags & 8 else codecs.deflate()
+    content = clusters.Clusters(storage, storage, bits, codec, BoundedCache(1 << 20))
+    size, base = tables.bytes_per_l1_entry * 4, (flags >> 4) * 4096
+    tested = disk.Disk("x", size, tables, content, Content(storage), layers.RawLayer(storage), base)
+    for at in range(0, 16, 4):
+        where, length = struct.unpack("<HH", data[at : at + 4].ljust(4, b"\0"))
+        offset = where * (size >> 16)
+        length = min(1 + (length * (1 << bits) >> 12), size - offset)
+        said: bytearray | None = bytearray(length)
+        try:
+            tested.fill(said, offset)
+        except Error:
+            said = None
+        buffer = bytearray(length)
+        if tested.reader is not None and tested.reader.read(buffer, offset):
+            assert buffer == said
+
+
 def decoders(data: bytes) -> None:
     """A byte that chooses, then a stream.  Whatever two decoders make of it is the same."""
     size = 4096
@@ -183,6 +231,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "header": header,
     "table": table,
     "tables": tables,
+    "engine": engine,
     "decoders": decoders,
     "luks": luks_header,
     "bitmaps": bitmap_directory,
@@ -228,6 +277,12 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
         table = struct.pack(">QQ", 1 << 16, 1)
         yield struct.pack(">IIQQ", count, 0, size, 24) + directory_bytes + table
         return
+    if target == "engine":
+        encoder = zlib.compressobj(wbits=-12)
+        stream = encoder.compress(bytes(range(256)) * 2) + encoder.flush()
+        tables = [1 << 63 | 512, 1 << 62 | 1024, 1 << 62 | 1024, 1 << 63 | 1024]
+        file = struct.pack(">Q504xQQQ488x", *tables) + stream
+        yield struct.pack("<8HB", 0, 8192, 0, 9999, 0, 999, 1, 1, 2) + file.ljust(2048, b"\0")
     for kind in ("plain", "v2", "zstd", "extl2", "overlay"):
         path = catalogue.make(directory, kind)
         image = path.read_bytes()
@@ -238,13 +293,14 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
             cluster = damage.cluster_size(path)
             place = struct.pack(">IQ", 2, cluster)
             yield place + image[:cluster] + image[at : at + 200]
-        elif target == "tables":
+        elif target in ("tables", "engine"):
             wide = kind == "extl2"
             cluster = 1 << CLUSTER_BITS[wide]
             l2 = damage.l2_table(path, "BAD", 0)
             l1 = struct.pack(">Q", 1 << 63 | cluster).ljust(cluster, b"\0")
-            flags = bytes([wide | (kind != "v2") << 1])
-            yield flags + l1 + image[l2 : l2 + min(cluster, 1024)]
+            flags = bytes([wide | (kind != "v2") << 1 | (kind == "zstd") << 3])
+            requests = struct.pack("<8H", 0, 9999, 1, 4096, 2, 8192, 3, 1) * (target == "engine")
+            yield requests + flags + l1 + image[l2 : l2 + min(cluster, 1024)]
         elif target == "decoders" and kind in ("plain", "zstd"):
             at, sectors = damage.stream(path, "BAD", 0)
             yield bytes([kind == "zstd"]) + image[at : at + 512 * (sectors + 1)]
@@ -272,6 +328,7 @@ def keep(target: str, found: list[bytes]) -> None:
 
 
 def fuzz(target: str, seconds: int, into: str | None = None) -> None:
+    os.environ.pop("LD_PRELOAD", None)  # the sanitizers are not for QEMU's tools
     FOUND.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(into or directory, "corpus")
@@ -296,6 +353,9 @@ def main() -> int:
 
 def all_targets(directory: Path, keep_after: str | None) -> int:
     bad = []
+    if ENGINE is None:
+        del TARGETS["engine"]
+        print("engine: it is not there to be fuzzed")
     for target in TARGETS:
         place = directory / target
         place.mkdir()

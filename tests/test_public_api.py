@@ -32,7 +32,7 @@ SURFACE = {
     },
     "Error": {"(base)": "Exception"},
     "Extent": {"(tuple)": "offset length type", "is_hole": "bool", "is_zero": "bool"},
-    "Finding": {"(tuple)": "problem message snapshots host"},
+    "Finding": {"(tuple)": "problem message snapshots host clusters", "is_damage": "bool"},
     "Image": {
         "active": "(self) -> Disk",
         "close": "(self) -> None",
@@ -60,12 +60,20 @@ SURFACE = {
     "check": {
         "()": f"(image: Image, snapshot: Snapshot | str | None = None, *, {WARN}) -> list[Finding]"
     },
+    "compact": {
+        "()": f"(image: Image, target: {PATH}, *, compress: str | None = None, "
+        f"replace: bool = False, verify: bool = True, {WARN}) -> None"
+    },
     "copy": {
         "()": f"(new: Disk, target: {PATH}, *, since: Disk | None = None, base: str = 'recorded', "
-        "in_place: bool = False, verify: bool = True) -> Copied"
+        "in_place: bool = False, replace: bool = False, format: str | None = None, "
+        f"compress: str | None = None, verify: bool = True, {WARN}) -> Copied"
     },
     "exclusive_sizes": {"()": "(image: Image) -> list[tuple[Snapshot, int | None]]"},
-    "join": {"()": f"(top: Image, target: {PATH}, *, verify: bool = True, {WARN}) -> list[str]"},
+    "join": {
+        "()": f"(top: Image, target: {PATH}, *, replace: bool = False, verify: bool = True, "
+        f"{WARN}) -> list[str]"
+    },
     "open": {
         "()": f"(path: {PATH}, *, allow_dirs: {PATHS} = (), allow_files: {PATHS} = (), "
         "backing_format: str | None = None, "
@@ -73,7 +81,8 @@ SURFACE = {
         "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864) -> Image"
     },
     "split": {
-        "()": f"(image: Image, directory: {PATH}, *, verify: bool = True, {WARN}) -> list[str]"
+        "()": f"(image: Image, directory: {PATH}, *, replace: bool = False, verify: bool = True, "
+        f"{WARN}) -> list[str]"
     },
 }
 

@@ -6,30 +6,34 @@
  * does the whole request again; the buffer holds nothing of use until then. */
 #include "engine.h"
 
+#include <stdlib.h>
 #include <unistd.h>
 
-enum { MOST_CONTENT = 17 << 10, MOST_LAYERS = 256 };
+enum { FEW = 8, MOST_CONTENT = 17 << 10, MOST_LAYERS = 256 };
 
-/* What the file says while the snapshot is there (snapshots.Proof): the header's bytes, the table's
- * and the header's again, to be read in this order after the data was. */
+/* What the file says while the snapshot is there (TableFingerprint): the header's bytes, the table's
+ * and the header's again, to be read in this order after the data was.  No length: nothing to
+ * compare. */
 typedef struct {
-    int count;
     struct part {
         const char *content;
         Py_ssize_t length;
         unsigned long long offset;
     } parts[3];
-    PyObject *owner; /* of the contents; NULL: there is nothing to compare with, ask Python */
+    PyObject *owner; /* of the contents; NULL: ask Python */
 } proof;
 
 typedef struct {
     PyObject_VAR_HEAD
     int fd; /* of the file that has the snapshot table */
     proof expected;
-    layer layers[];
+    PyObject *owner; /* of what the layers point to */
+    layer layers[]; /* and an empty one */
 } reader;
 
+/* Kept for ever: nbdkit's process has one interpreter. */
 static PyTypeObject *reader_type;
+static PyObject *reader_name;
 
 /* All of LENGTH bytes, or false: an error, or the file ends before. */
 static bool read_all(int fd, uint8_t *to, uint64_t length, uint64_t offset) {
@@ -39,29 +43,28 @@ static bool read_all(int fd, uint8_t *to, uint64_t length, uint64_t offset) {
     return true;
 }
 
-static bool carry_out(const plan *p) {
-    for (size_t i = 0; i < p->count; i++) {
-        const piece *each = &p->pieces[i];
-        if (each->fd < 0)
-            memset(each->to, 0, each->length);
-        else if (!read_all(each->fd, each->to, each->length, each->host))
-            return false;
-        else if (each->cipher
-            && !cipher_decrypt(each->cipher, each->to, each->length, each->sector))
-            return false;
-    }
-    return true;
+static bool carry_out(const piece *each) {
+    const layer *from = each->from;
+    uint8_t *stream = NULL;
+    bool done = true;
+    if (!from)
+        memset(each->to, 0, each->length);
+    else if (!each->stream)
+        done = read_all(from->fd, each->to, each->length, each->host) && (!from->cipher
+            || cipher_decrypt(from->cipher, each->to, each->length, each->sector));
+    else
+        done = (stream = malloc(each->stream))
+            && read_all(from->fd, stream, each->stream, each->host)
+            && from->decode(stream, each->stream, each->to, each->length);
+    free(stream);
+    return done;
 }
 
-static bool holds(int fd, const proof *expected) {
+static bool holds(int fd, const struct part *expected) {
     uint8_t found[MOST_CONTENT];
-    for (int i = 0; i < expected->count; i++) {
-        const struct part *each = &expected->parts[i];
-        if (!read_all(fd, found, (uint64_t)each->length, each->offset)
-            || memcmp(found, each->content, (size_t)each->length))
-            return false;
-    }
-    return true;
+    size_t length = (size_t)expected->length;
+    return length <= MOST_CONTENT && read_all(fd, found, length, expected->offset)
+        && (!length || !memcmp(found, expected->content, length));
 }
 
 /* Whether the buffer was filled; leaves no exception behind. */
@@ -74,18 +77,21 @@ static bool fill(const reader *self, PyObject *target, PyObject *number) {
     }
     uint64_t length = (uint64_t)view.len, size = self->layers->size;
     proof expected = self->expected; /* others may replace it meanwhile */
-    plan p = { .pieces = p.few, .room = FEW };
-    bool done = expected.owner && offset <= size && length <= size - offset
+    plan p = { .room = length / SECTOR + FEW }; /* a piece is a sector or more, but at the ends */
+    p.pieces = PyMem_Malloc(p.room * sizeof *p.pieces);
+    bool done = p.pieces && expected.owner && offset <= size && length <= size - offset
         && layer_plan(self->layers, &p, offset, view.buf, length);
     if (done) {
         Py_INCREF(expected.owner);
         Py_BEGIN_ALLOW_THREADS
-        done = carry_out(&p) && holds(self->fd, &expected);
+        for (size_t i = 0; done && i < p.count; i++)
+            done = carry_out(&p.pieces[i]);
+        for (int i = 0; done && i < 3; i++)
+            done = holds(self->fd, &expected.parts[i]);
         Py_END_ALLOW_THREADS
         Py_DECREF(expected.owner);
     }
-    if (p.pieces != p.few)
-        PyMem_Free(p.pieces);
+    PyMem_Free(p.pieces);
     PyBuffer_Release(&view);
     return done;
 }
@@ -94,44 +100,16 @@ static PyObject *reader_read(const reader *self, PyObject *const *args, Py_ssize
     return PyBool_FromLong(count == 2 && fill(self, args[0], args[1]));
 }
 
-/* nbdkit's pread(h, buf, offset, flags), where h.reader may be a Reader; SLOW is the Python one. */
-static PyObject *callback(PyObject *slow, PyObject *const *args, Py_ssize_t count) {
-    static PyObject *name;
-    thread_keep();
-    if (!name && !(name = PyUnicode_InternFromString("reader")))
-        return NULL;
-    PyObject *self = count == 4 ? PyObject_GetAttr(args[0], name) : NULL;
-    if (!self)
-        return count == 4 ? NULL : PyErr_Format(PyExc_TypeError, "pread takes 4 arguments");
-    bool done = Py_TYPE(self) == reader_type && fill((reader *)self, args[1], args[2]);
-    Py_DECREF(self);
-    if (done)
-        Py_RETURN_NONE;
-    return PyObject_CallFunctionObjArgs(slow, args[0], args[1], args[2], args[3], NULL);
-}
-
-static PyObject *make_callback(PyObject *module, PyObject *slow) {
-    static PyMethodDef pread_method
-        = { "pread", (PyCFunction)(void (*)(void))callback, METH_FASTCALL, NULL };
-    return PyCFunction_New(&pread_method, slow);
-}
-
 /* Three pieces ((content, offset), …), none, or None: then Python is asked. */
 static PyObject *reader_expect(reader *self, PyObject *pieces) {
-    proof next = { .count = 0 };
-    if (PyTuple_Check(pieces)) {
-        next.owner = pieces;
-        next.count = (int)PyTuple_Size(pieces);
-        struct part *p = next.parts;
-        if (next.count
-            && !PyArg_ParseTuple(pieces, "(y#K)(y#K)(y#K)", &p[0].content, &p[0].length,
-                &p[0].offset, &p[1].content, &p[1].length, &p[1].offset, &p[2].content,
-                &p[2].length, &p[2].offset))
+    proof next = { .owner = NULL };
+    struct part *p = next.parts;
+    if (pieces != Py_None) {
+        if (!PyArg_ParseTuple(pieces, "|(y#K)(y#K)(y#K)", &p[0].content, &p[0].length, &p[0].offset,
+                &p[1].content, &p[1].length, &p[1].offset, &p[2].content, &p[2].length, &p[2].offset))
             return NULL;
-        if (p[0].length > MOST_CONTENT || p[1].length > MOST_CONTENT || p[2].length > MOST_CONTENT)
-            next.owner = NULL;
+        next.owner = Py_NewRef(pieces);
     }
-    Py_XINCREF(next.owner);
     Py_XDECREF(self->expected.owner); /* of tuples and bytes: nothing else runs meanwhile */
     self->expected = next;
     Py_RETURN_NONE;
@@ -146,27 +124,23 @@ static PyObject *reader_new(PyTypeObject *type, PyObject *args, PyObject *keywor
     Py_ssize_t count = PyTuple_Size(layers);
     if (count < 1 || count > MOST_LAYERS)
         return PyErr_Format(PyExc_ValueError, "a disk has one layer, or some");
-    reader *self = object_new(type, count);
+    reader *self = (reader *)PyType_GenericAlloc(type, count + 1);
     if (!self)
         return NULL;
     self->fd = fd;
-    for (Py_ssize_t i = 0; i < count; i++)
-        if (!layer_init(&self->layers[i], PyTuple_GetItem(layers, i), i == count - 1)) {
-            Py_DECREF(self);
-            return NULL;
-        }
+    self->owner = Py_NewRef(layers);
+    for (Py_ssize_t i = 0; self && i < count; i++)
+        if (!layer_init(&self->layers[i], PyTuple_GetItem(layers, i)))
+            Py_CLEAR(self);
     return (PyObject *)self;
 }
 
 static void reader_free(reader *self) {
-    for (layer *each = self->layers; each < self->layers + Py_SIZE((PyObject *)self); each++) {
-        Py_XDECREF(each->tables);
-        Py_XDECREF(each->decoded);
-        Py_XDECREF(each->token);
-        Py_XDECREF(each->cipher);
-    }
+    Py_XDECREF(self->owner);
     Py_XDECREF(self->expected.owner);
-    object_free(self);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyObject_Free(self);
+    Py_DECREF(type);
 }
 
 static PyMethodDef reader_methods[] = {
@@ -183,31 +157,64 @@ static PyType_Slot reader_slots[] = { { Py_tp_doc, "Reads a disk." }, { Py_tp_ne
 static PyType_Spec reader_spec = { "qcow2snap_core._native.engine.Reader", sizeof(reader),
     sizeof(layer), Py_TPFLAGS_DEFAULT, reader_slots };
 
-/* --- The module --- */
+/* glibc's, for what C++ calls thread_local; musl has none. */
+int __cxa_thread_atexit_impl(void (*)(void *), void *, void *) __attribute__((weak));
 
-static PyMethodDef functions[]
-    = { { "callback", make_callback, METH_O, "nbdkit's pread; it falls back on the given one." },
-          { NULL } };
-
-static int fill_module(PyObject *module) {
-    /* Kept for ever: nbdkit's process has one interpreter. */
-    reader_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &reader_spec, NULL);
-    cipher_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &cipher_spec, NULL);
-    if (!reader_type || !cipher_type || PyModule_AddType(module, reader_type)
-        || PyModule_AddType(module, cipher_type))
-        return -1;
-    return PyModule_AddIntConstant(module, "KEEPS_THREADS", thread_can_be_kept());
+static void release_thread(void *unused) {
+    if (!Py_IsInitialized())
+        return; /* the interpreter has ended before the thread did */
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyGILState_Release(PyGILState_LOCKED); /* the one that was kept */
+    PyGILState_Release(state);
 }
 
-static PyModuleDef_Slot slots[] = {
-    { Py_mod_exec, fill_module },
-#ifdef Py_mod_gil
-    { Py_mod_gil, Py_MOD_GIL_USED }, /* it looks into dictionaries that others change */
-#endif
-    { 0, NULL },
+/* nbdkit puts each callback between PyGILState_Ensure and PyGILState_Release, which make a state
+ * for its thread and throw it away.  One more Ensure keeps it.  The same thread has to release it:
+ * at its end, in a destructor of the C library's, while Python's thread key is still there. */
+static void keep_thread(void) {
+    static __thread bool kept;
+    if (!kept && __cxa_thread_atexit_impl
+        && !__cxa_thread_atexit_impl(release_thread, NULL, &reader_type))
+        PyGILState_Ensure();
+    kept = true;
+}
+
+/* nbdkit's pread(h, buf, offset, flags), where h.reader may be a Reader; SLOW is the Python one. */
+static PyObject *callback(PyObject *slow, PyObject *const *args, Py_ssize_t count) {
+    keep_thread();
+    PyObject *self = count == 4 ? PyObject_GetAttr(args[0], reader_name) : NULL;
+    if (!self)
+        return count == 4 ? NULL : PyErr_Format(PyExc_TypeError, "pread takes 4 arguments");
+    bool done = Py_TYPE(self) == reader_type && fill((reader *)self, args[1], args[2]);
+    Py_DECREF(self);
+    if (done)
+        Py_RETURN_NONE;
+    return PyObject_CallFunctionObjArgs(slow, args[0], args[1], args[2], args[3], NULL);
+}
+
+static PyObject *make_callback(PyObject *module, PyObject *slow) {
+    static PyMethodDef pread_method
+        = { "pread", (PyCFunction)(void (*)(void))callback, METH_FASTCALL, NULL };
+    return PyCFunction_New(&pread_method, slow);
+}
+
+static PyMethodDef functions[] = {
+    { "callback", make_callback, METH_O, "nbdkit's pread; it falls back on the given one." },
+    { "cipher", cipher_new, METH_VARARGS,
+        "cipher(name, key, encrypt, mask, cipher of the IV or None), names as OpenSSL's." },
+    { "decrypt", cipher_call, METH_VARARGS, "decrypt(cipher, buffer, sector): in place." },
+    { NULL },
 };
 
-static PyModuleDef definition = { PyModuleDef_HEAD_INIT, .m_name = "qcow2snap_core._native.engine",
-    .m_doc = "The common case of a request.", .m_methods = functions, .m_slots = slots };
+static PyModuleDef definition = { PyModuleDef_HEAD_INIT, "qcow2snap_core._native.engine",
+    "The common case of a request.", .m_size = -1, .m_methods = functions };
 
-PyMODINIT_FUNC PyInit_engine(void) { return PyModuleDef_Init(&definition); }
+PyMODINIT_FUNC PyInit_engine(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (!module || !(reader_name = PyUnicode_InternFromString("reader"))
+        || !(reader_type = (PyTypeObject *)PyType_FromSpec(&reader_spec))
+        || PyModule_AddType(module, reader_type)
+        || PyModule_AddIntConstant(module, "KEEPS_THREADS", __cxa_thread_atexit_impl != NULL))
+        return NULL;
+    return module;
+}

@@ -14,13 +14,14 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .. import __version__
 from .._native.loaded import ENGINE
 from ..errors import Error, reason
 from ..util.interrupts import Interrupted, ending
 from .parser import Parser
-from .streams import OutputLost, failed, give_up_output, say, take
+from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, take
 
 COMMANDS = (
     "list",
@@ -34,10 +35,14 @@ COMMANDS = (
     "join",
     "mount",
     "serve",
+    "ls",
+    "cat",
+    "extract",
+    "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)
@@ -45,14 +50,24 @@ _WITH_OUTPUT = (0, 3)
 
 def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
-    asked = {"-h", "--help"} & set(sys.argv)
-    take(reports_only=not asked and any(word in _DOING for word in sys.argv[1:2]))
+    take(reports_only=_only_reports(sys.argv[1:]))
     with ending():
         status = main()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
+
+
+def _only_reports(argv: Sequence[str]) -> bool:
+    """Whether what a command line prints is less than what it is for."""
+    if not argv:
+        return False
+    written = any(
+        word in OUTPUT_NAMES and not before.startswith("--passphrase")
+        for before, word in pairwise(argv)
+    )
+    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,9 +115,9 @@ def _fail(message: str) -> int:
 def _needed(argv: Sequence[str]) -> Sequence[str]:
     """The commands whose modules a command line takes: to import all of them takes longer than
     most commands, and only help and complaints are about all."""
-    if argv[:1] == ["--version"]:
+    if argv[:1] in (["--version"], ["-V"]):
         return ()
-    return argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+    return argv[:1] if argv and argv[0] in COMMANDS and argv[0] != "help" else COMMANDS
 
 
 def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -112,7 +127,7 @@ def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     )
     engine = "no" if ENGINE is None else "yes"
     version = f"qcow2snap {__version__} (native engine: {engine})"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in names:
         module = importlib.import_module(f".{name}", __name__)
@@ -124,5 +139,5 @@ def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parsers=commands.choices, whole=parser)
     return parser

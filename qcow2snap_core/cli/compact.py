@@ -11,9 +11,9 @@ import argparse
 
 from ..transfer.compact import COMPACT_TARGETS, compact
 from ..transfer.compressors import COMPRESSIONS
-from ..transfer.destination import destination
+from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_image_options, add_no_verify, open_from
+from .common import add_force, add_image_options, add_no_verify, open_from
 from .running import warn
 
 HELP = "copy an image with all its snapshots, and nothing else"
@@ -28,12 +28,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=COMPRESSIONS,
         help="compress what is not compressed in FILE",
     )
+    add_force(parser, "replace OUT if it is a file that is there")
     add_no_verify(parser)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    destination(args.out, COMPACT_TARGETS)  # before a passphrase is asked for
+    place = judge(args.out, COMPACT_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        compact(image, args.out, warn, args.compress, args.verify)
+        compact(image, place, warn, args.compress, args.verify)
     return 0

@@ -1,26 +1,37 @@
-"""Copy a snapshot to a raw file, a block device or an NBD export; holes stay holes.
+"""Copy a snapshot to a file, a block device, an NBD export, a FIFO or standard output.
+
+A file is raw, and holes stay holes; one whose name ends in .qcow2 is a qcow2 image, compressed with
+--compress. It appears when it is whole, and takes the place of another only with --force. TARGET -
+is standard output. NEW may be NAME/vmstate, the machine's state that was saved with a snapshot.
 
 With --since only what changed since the snapshot OLD is written, and TARGET must hold OLD already.
 A file that was copied knows what it holds, and is refused when that is not OLD; for what does not
 know, files that other programs made, devices and NBD exports, --verify-base compares all that will
-not be written, and --trust-base goes without.
+not be written, and --trust-base goes without. A file is duplicated first, which is free on Btrfs
+and XFS and otherwise needs the time and the space; --in-place goes without.
 
-A file is written under a temporary name and renamed when it is whole; for --since that begins
-as a copy of the old one, which is free on Btrfs and XFS and otherwise needs the time and the
-space. --in-place goes without. Devices and NBD exports are always written in place, then read back
-and compared. When a copy in place is interrupted TARGET is a mixture: repeat the same command to
-complete it."""
+Devices and NBD exports are always written in place, then read back and compared. When a copy in
+place is interrupted TARGET is a mixture: repeat the same command to complete it."""
 
 from __future__ import annotations
 
 import argparse
 
+from ..errors import UsageError, shown
+from ..format.choosing import Choice, choose
+from ..image.disk import Disk
+from ..image.image import Image
+from ..serve.exports import VM_STATE
 from ..storage.libnbd import without_secrets
-from ..transfer.backup import TARGETS, copy
+from ..transfer.backup import copy
 from ..transfer.bases import Base
-from ..transfer.destination import destination
+from ..transfer.compressors import COMPRESSIONS
+from ..transfer.destinations import FORMATS, form_of, new_copy, update
+from ..transfer.judge import STANDARD_OUTPUT
 from ..util.interrupts import deferred
-from .common import add_image_options, add_no_verify, disk_named, open_from
+from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
+from .running import warn
+from .streams import OUTPUT_NAMES
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -28,6 +39,15 @@ EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    parser.add_argument("--format", choices=FORMATS, help="of a file; its name decides otherwise")
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESSIONS,
+        nargs="?",
+        const="zlib",
+        help="compress the clusters of a qcow2 file",
+    )
+    add_force(parser, "replace TARGET if it is a file that is there")
     parser.add_argument("--since", metavar="OLD", help="the snapshot that TARGET holds now")
     parser.add_argument("--in-place", action="store_true", help="update a file without a copy")
     base = parser.add_mutually_exclusive_group()
@@ -46,20 +66,53 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="do not ask TARGET whether it holds OLD: devices and NBD exports do not know",
     )
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
-    parser.add_argument("target", metavar="TARGET", help="a path, or an NBD URI")
+    parser.add_argument("target", metavar="TARGET", help="a path, an NBD URI, or -")
     add_no_verify(parser)
     parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_usage(args)
+    target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
+    # Before a passphrase is asked for.
+    if args.since is None:
+        to = new_copy(target, form=args.format, compress=args.compress, replace=args.force)
+    else:
+        to = update(target, args.base or Base.RECORDED, in_place=args.in_place)
+    with open_from(args) as image, deferred():
+        new, vm_state = _disk(image, args.new)
+        since = None if args.since is None else disk_named(image, args.since)
+        if vm_state and since is not None:
+            raise UsageError("a VM state has nothing that it changed since: leave out --since")
+        done = copy(image, new, to, warn, since, verify=args.verify, vm_state=vm_state)
+    if target != STANDARD_OUTPUT:
+        print(f"{without_secrets(target)}: {done}")
+    return 0
+
+
+def _check_usage(args: argparse.Namespace) -> None:
     if args.since is None and (args.in_place or args.base):
         args.usage_error("--in-place, --verify-base and --trust-base go with --since")
-    destination(args.target, TARGETS, in_place=args.in_place)  # before a passphrase is asked for
-    with open_from(args) as image, deferred():
-        new = disk_named(image, args.new)
-        since = None if args.since is None else disk_named(image, args.since)
-        how = args.in_place, args.verify, args.base or Base.RECORDED
-        done = copy(image, new, args.target, since, *how)
-    print(f"{without_secrets(args.target)}: {done}")
-    return 0
+    if args.since is not None and args.force:
+        args.usage_error("--since takes a file that is there: leave out --force")
+    qcow2 = (args.format or form_of(args.target)) == "qcow2"
+    if args.compress and not qcow2:
+        args.usage_error("--compress goes with --format qcow2")
+    if args.since is not None and qcow2:
+        args.usage_error(
+            "--since updates raw files: add --format raw if that is one, or have qemu-nbd serve it"
+        )
+
+
+def _disk(image: Image, name: str) -> tuple[Disk, bool]:
+    """The disk of that name, or the VM state if no snapshot has it, as the exports are named."""
+    try:
+        return disk_named(image, name), False
+    except UsageError:
+        if not name.endswith(VM_STATE):
+            raise
+    snapshot = choose(image.table(), Choice(name.removesuffix(VM_STATE)), image.path)
+    if not snapshot.vm_state_size:
+        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    return image.disk(snapshot, vm_state=True), True

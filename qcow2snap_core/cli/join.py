@@ -10,9 +10,9 @@ import argparse
 
 from ..errors import escaped
 from ..transfer.chains import JOIN_TARGETS, join
-from ..transfer.destination import destination
+from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_image_options, add_no_verify, open_from
+from .common import add_force, add_image_options, add_no_verify, open_from
 from .running import warn
 
 HELP = "an external chain to one image with internal snapshots"
@@ -22,13 +22,14 @@ EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="TOP", help="the topmost image of the chain")
     parser.add_argument("out", metavar="OUT", help="the image to make")
+    add_force(parser, "replace OUT if it is a file that is there")
     add_no_verify(parser)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    destination(args.out, JOIN_TARGETS)  # before a passphrase is asked for
+    place = judge(args.out, JOIN_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        names = join(image, args.out, warn, args.verify)
+        names = join(image, place, warn, args.verify)
     print(f"{escaped(args.out)}: {', '.join(map(escaped, names))}")
     return 0

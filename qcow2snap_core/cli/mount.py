@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
-from ..errors import escaped
+from ..errors import UsageError, escaped
+from ..files.volumes import described, parts, whole
 from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
 from ..util.interrupts import deferred
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     show = mount_filesystem if args.filesystem else mount
     with open_from(args) as image, deferred():
         snapshot = choose(image.table(), Choice(args.snapshot), image.path)
-        image.disk(snapshot)
+        disk = image.disk(snapshot)
+        if args.filesystem and args.partition is None and (found := parts(whole(disk))):
+            raise UsageError(described("--partition ", found))
         show(image, snapshot, args.directory, args.partition, ready)
     return 0

@@ -7,12 +7,12 @@ are never abbreviated, and an error names the option that is unknown or wrong, n
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import escaped
+from ..util.spelling import nearest
 from .streams import say
 
 _PASSPHRASE = re.compile(r"--(passphrase\.[1-9][0-9]{0,3})(?:=.*)?", re.ASCII | re.DOTALL)
@@ -33,18 +33,37 @@ class Parser(argparse.ArgumentParser):
             if layer and "--passphrase" in known and f"--{layer[1]}" not in known:
                 dest = layer[1].replace(".", "_")
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
-        found, extra = super().parse_known_args(args, namespace)
+        if args is not None:
+            args = self._with_values(args)
+        parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
-        return found, extra
+        return parsed, extra
+
+    def _with_values(self, args: Sequence[str]) -> list[str]:
+        """An option whose value may be left out takes the next word only if it is such a value:
+        argparse would take a file's name as well."""
+        found: list[str] = []
+        for word in args:
+            before = self._option_string_actions.get(found[-1]) if found else None
+            if before and before.nargs == "?" and before.choices and word in before.choices:
+                found[-1] += f"={word}"
+            else:
+                found.append(word)
+        return [
+            f"{word}={action.const}" if action and action.nargs == "?" else word
+            for word, action in ((word, self._option_string_actions.get(word)) for word in found)
+        ]
 
     def _refuse(self, extra: Sequence[str]) -> NoReturn:
         options = [word.partition("=")[0] for word in extra if word.startswith("-")]
         if not options:
             self.error("more arguments than it takes")
         name = options[0] if options[0].startswith("--") else options[0][:2]
-        alike = difflib.get_close_matches(name, self._option_string_actions, 1)
-        self.error(f"unknown option {escaped(name)}" + (f" (is it {alike[0]}?)" if alike else ""))
+        meant = nearest(name, self._option_string_actions)
+        self.error(
+            f"unknown option {escaped(name)}" + (f" (did you mean {meant}?)" if meant else "")
+        )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

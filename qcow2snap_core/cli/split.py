@@ -1,12 +1,12 @@
 """Make an external chain of an image's internal snapshots: one overlay for each, with only what
 changed, the oldest as the base, and active.qcow2 for the active disk on top.
 
-An overlay is named after its snapshot: what a file name cannot hold is percent-encoded, and the
-ID stands for names that are empty, repeated, too long or 'active'. A backing file of FILE becomes
-that of the base; if anything is encrypted, the base holds all of it instead. The overlays are
-neither compressed nor encrypted, and VM state is not carried over. FILE is only read, and must not
-be in use. OUTDIR appears when it is whole: when every overlay has been read back and compared with
-its snapshot."""
+An overlay is named after its snapshot: what a file name had better not hold is percent-encoded, and
+the ID stands for names that are empty, repeated, too long or 'active'. A backing file of FILE
+becomes that of the base; if anything is encrypted, the base holds all of it instead. The overlays
+are neither compressed nor encrypted, and VM state is not carried over. FILE is only read, and must
+not be in use. OUTDIR appears when it is whole: when every overlay has been read back and compared
+with its snapshot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import os
 
 from ..errors import escaped
 from ..transfer.chains import SPLIT_TARGETS, split
-from ..transfer.destination import destination
+from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_image_options, add_no_verify, open_from
+from .common import add_force, add_image_options, add_no_verify, open_from
 from .running import warn
 
 HELP = "internal snapshots to an external chain"
@@ -27,13 +27,16 @@ EXAMPLE = "qcow2snap split disk.qcow2 chain/"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument("outdir", metavar="OUTDIR", help="a directory, absent or empty")
+    add_force(parser, "replace OUTDIR if it has overlays in it and nothing else")
     add_no_verify(parser)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    destination(args.outdir, SPLIT_TARGETS)  # before a passphrase is asked for
+    place = judge(
+        args.outdir, SPLIT_TARGETS, replace=args.force
+    )  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        for name in split(image, args.outdir, warn, args.verify):
+        for name in split(image, place, warn, args.verify):
             print(escaped(os.path.join(args.outdir, name)))
     return 0

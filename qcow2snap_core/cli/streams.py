@@ -16,6 +16,9 @@ from contextlib import suppress
 
 from ..errors import escaped, reason
 
+#: What standard output may be called where a file's name is expected.
+OUTPUT_NAMES = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 
 def take(*, reports_only: bool) -> None:
     """Make sure that all three are open.  ``reports_only``: what is printed may be lost."""

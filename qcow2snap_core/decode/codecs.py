@@ -20,6 +20,9 @@ from ..util.pool import Pool
 class Codec:
     """One way to decode one compression format; safe to use from several threads."""
 
+    #: the same, by the same library, in the native engine, which leaves to this one what it refuses
+    native: str | None = None
+
     def decode_into(self, stream: bytes, target: memoryview) -> None:
         """Fill ``target`` with what ``stream`` decodes to; trailing bytes are ignored.
 
@@ -57,7 +60,7 @@ class Libdeflate(Codec):
     """The same format by libdeflate, which decodes a whole buffer at once: three times zlib's
     speed on clusters of 64 KiB.  Raises OSError where the library is not installed."""
 
-    _BAD_DATA: Final = 1
+    native = "deflate"
     _INSUFFICIENT_SPACE: Final = 3
 
     def __init__(self) -> None:
@@ -94,6 +97,7 @@ class Libdeflate(Codec):
 class Zstd(Codec):
     """One zstd frame, with or without its size in it (QEMU: qcow2_zstd_decompress)."""
 
+    native = "zstd"
     # A window is memory of the decoder.  A frame that gives its size is decoded without one, and
     # QEMU's frames do; another may ask for 2 GiB.  What every decoder should accept (RFC 8878) is
     # too much for each of many threads: beyond the largest cluster, one at a time.

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from .._native import loaded
-from ..typed import TYPE_CHECKING
+from ..typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ciphers import SectorCipher
+
+
+class NativeCipher:
+    """A :class:`.ciphers.SectorCipher`; ``handle`` is the engine's own."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def decrypt(self, view: memoryview, sector: int) -> None:
+        loaded.ENGINE.decrypt(self.handle, view, sector)  # type: ignore[union-attr]
 
 
 def make_cipher(
@@ -18,10 +28,12 @@ def make_cipher(
     if loaded.ENGINE is None:
         return None
     name = f"AES-{len(key) * 8 // (2 if mode == 'xts' else 1)}-{mode.upper()}"
-    bits = 0 if mode == "ecb" else iv_bits
-    essiv = essiv_key and f"AES-{len(essiv_key) * 8}-ECB"
+    mask = 0 if mode == "ecb" else (1 << iv_bits) - 1
     try:
-        cipher: SectorCipher = loaded.ENGINE.Cipher(name, key, bits, essiv, essiv_key)
+        essiv = None
+        if essiv_key is not None:
+            of_iv = f"AES-{len(essiv_key) * 8}-ECB"
+            essiv = loaded.ENGINE.cipher(of_iv, essiv_key, True, 0, None)
+        return NativeCipher(loaded.ENGINE.cipher(name, key, False, mask, essiv))
     except (OSError, ValueError):
         return None
-    return cipher

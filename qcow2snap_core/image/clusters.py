@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import BoundedSemaphore
 
-from .._native.loaded import ENGINE
 from ..decode.codecs import Codec
+from ..decode.native import NativeCipher
 from ..errors import ImageError
 from ..format import ondisk as q
 from ..storage.local import Buffer, Storage
@@ -87,6 +87,7 @@ class Clusters:
         self._codec = codec
         self._cache = cache
         self._turn = _EVERYBODY if self._size < _LARGE else _LARGE_TURNS
+        self._decoder = codec.native if self._size < _LARGE else None  # which takes no turns
         # The descriptor's layout (spec: "Compressed Clusters Descriptor").
         self._offset_bits = 62 - (cluster_bits - 8)
         self._offset_mask = (1 << self._offset_bits) - 1
@@ -94,9 +95,15 @@ class Clusters:
 
     def description(self) -> tuple[Any, ...] | None:
         """What :mod:`.native` tells the engine of the data: a file descriptor, the decoded
-        clusters, and how standard ones are encrypted; None where it cannot read that."""
+        clusters, how standard ones are encrypted, and how others are decoded; None where it cannot
+        read that."""
         fd = self._data.plain_fd
-        return None if fd is None else (fd, self._cache.items, False, None)
+        return None if fd is None else (fd, self._cache.items, False, None, self._decoder)
+
+    @property
+    def plain_fd(self) -> int | None:
+        """A descriptor that has the standard clusters as the guest sees them, if there is one."""
+        return self._data.plain_fd
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         """Fill ``buffer`` from the standard clusters at host offset ``host``, which the guest
@@ -203,12 +210,16 @@ class EncryptedClusters(Clusters):
         super().__init__(*parts)
         self._encryption = encryption
 
+    @property
+    def plain_fd(self) -> int | None:
+        return None
+
     def description(self) -> tuple[Any, ...] | None:
         cipher, by_guest_offset = self._encryption
         fd = self._data.plain_fd
-        if fd is None or ENGINE is None or not isinstance(cipher, ENGINE.Cipher):
+        if fd is None or not isinstance(cipher, NativeCipher):
             return None
-        return fd, self._cache.items, by_guest_offset, cipher
+        return fd, self._cache.items, by_guest_offset, cipher.handle, self._decoder
 
     def read(self, buffer: Buffer, host: int, guest: int) -> None:
         length, lead = len(buffer), host % q.SECTOR

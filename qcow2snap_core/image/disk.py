@@ -15,7 +15,7 @@ from ..format import ondisk as q
 from ..storage.local import Buffer, ensure_open
 from ..typed import TYPE_CHECKING, Final
 from .clusters import Clusters, fill_zeros
-from .extents import ALLOCATED, HOLE_ZERO, Extent, MappedRange, merged
+from .extents import ALLOCATED, HOLE_ZERO, Extent, FileRange, MappedRange, merged
 from .guard import Guard, confirmed
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
@@ -192,6 +192,14 @@ class Disk:
                 f"{self.name}: a read at guest offset {offset:#x} takes more than "
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
+
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        n, kind, location = self._mapping.run(self._base + offset, length)
+        if kind == UNALLOCATED and self._below is not None:
+            inside = min(n, self._below.size - offset)
+            return self._below.in_file(offset, inside) if inside > 0 else None
+        fd = self._clusters.plain_fd
+        return FileRange(fd, location, n) if kind == DATA and fd is not None else None
 
     def ranges(
         self, offset: int, length: int, budget: Budget | None = None

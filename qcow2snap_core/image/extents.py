@@ -30,6 +30,14 @@ class MappedRange(NamedTuple):
     location: int  # as of a run there: equal ones of two snapshots hold the same data
 
 
+class FileRange(NamedTuple):
+    """A range of bytes in a file that is read like any other."""
+
+    fd: int
+    offset: int
+    length: int
+
+
 _R = TypeVar("_R", Extent, MappedRange)
 
 

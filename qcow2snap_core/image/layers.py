@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..errors import StorageError, shown
 from ..storage.local import Buffer, Storage
 from ..typed import Protocol
-from .extents import ALLOCATED, HOLE_ZERO, MappedRange
+from .extents import ALLOCATED, HOLE_ZERO, FileRange, MappedRange
 from .mapping import DATA, ZERO, Budget
 from .native import LayerDescription
 
@@ -32,6 +32,13 @@ class Layer(Protocol):
     ) -> Iterator[MappedRange]:
         """The range, lazily, or as much of it as the budget goes; merging is up to the caller."""
 
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        """Where the start of the range lies in a file as it is; None where it does not, or where
+        nothing but a read can tell.  Raises ImageError, StorageError.
+
+        The file may end before it does, and who has used it asks :meth:`.Disk.confirm`.
+        """
+
 
 class RawLayer:
     """A raw backing file: its bytes are the disk's, its holes are zeros."""
@@ -45,6 +52,10 @@ class RawLayer:
     def description(self) -> LayerDescription | None:
         fd = self._storage.plain_fd
         return None if fd is None else (fd, self.size)
+
+    def in_file(self, offset: int, length: int) -> FileRange | None:
+        fd = self._storage.plain_fd
+        return None if fd is None else FileRange(fd, offset, length)
 
     def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         got = self._storage.read_into(buffer, offset)

@@ -95,7 +95,6 @@ class Mapping:
         return (
             self._cache.items,
             self.token,
-            self._l1_size,
             self._bits,
             self._l2_bits,
             self._slice_bits,

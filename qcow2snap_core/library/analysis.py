@@ -63,7 +63,8 @@ def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
     for attempt in range(_ATTEMPTS):
         snapshots = image.snapshots
         try:
-            sizes = space.exclusive_sizes(image._image, [s._entry for s in snapshots])
+            freed = space.exclusive_sizes(image._image, [s._entry for s in snapshots])
+            sizes = [None if each is None else each.size for each in freed]
             return list(zip(snapshots, sizes, strict=True))
         except SnapshotGone:
             if attempt == _ATTEMPTS - 1:
@@ -79,7 +80,8 @@ def check(
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[Finding]:
     """What is wrong with the metadata of all snapshots and the active disk, or what of that
-    concerns one snapshot; an empty list if it is whole.  At most 1000 findings.
+    concerns one snapshot; an empty list if it is whole.  At most 1000 findings, of which leaked
+    clusters are no damage (``is_damage``).
 
     Nobody should be writing to the image meanwhile.  ``warn`` is told, in a line, when the image
     is marked dirty: then its refcounts are not up to date and are not compared.

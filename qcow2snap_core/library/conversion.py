@@ -1,4 +1,4 @@
-"""Writing snapshots to other files: what the commands copy, split and join do."""
+"""Writing snapshots to other files: what the commands copy, compact, split and join do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import warnings
 from collections.abc import Callable
 
 from ..transfer import backup, chains
+from ..transfer import compact as whole_image
 from ..transfer.bases import Base
+from ..transfer.compressors import COMPRESSIONS
+from ..transfer.destinations import FORMATS, form_of, new_copy, update
+from ..transfer.judge import STANDARD_OUTPUT, judge
 from ..typed import Final, NamedTuple
 from ..util.progress import silent
 from . import arguments
@@ -39,9 +43,17 @@ def copy(
     since: Disk | None = None,
     base: str = "recorded",
     in_place: bool = False,
+    replace: bool = False,
+    format: str | None = None,  # noqa: A002 (qemu-img's word)
+    compress: str | None = None,
     verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> Copied:
-    """Make a raw file, a block device or an NBD export (its URI) hold the disk ``new``.
+    """Make a file, a block device, a FIFO or an NBD export (its URI) hold the disk ``new``.
+
+    A file is ``"raw"`` or ``"qcow2"`` as ``format`` says, else as its name ends; ``compress`` is
+    ``"zlib"`` or ``"zstd"`` for the clusters of the latter.  One that is there is only replaced
+    with ``replace``.  ``warn`` is told when an encrypted image is written in plain.
 
     With ``since``, which the target holds already, only what changed is written.  ``base`` says by
     what it is known to hold that: its ``"recorded"`` copy of it, which a file keeps from the copy
@@ -60,20 +72,60 @@ def copy(
     Copied(data=131072, zeros=4128768)
     """
     path = arguments.path("target", target)
+    if path == STANDARD_OUTPUT:
+        path = os.path.join(os.curdir, path)  # that is the command's notation
     how = _BASES[arguments.one_of("base", base, tuple(_BASES))]
-    flags = arguments.flag("in_place", in_place), arguments.flag("verify", verify)
+    for name, value in {"in_place": in_place, "replace": replace, "verify": verify}.items():
+        arguments.flag(name, value)
+    if format is not None:
+        arguments.one_of("format", format, FORMATS)
+    _check_compress(compress)
+    if compress is not None and (format or form_of(path)) != "qcow2":
+        raise ValueError("compress goes with format='qcow2'")
     if since is None:
         arguments.instance("new", new, Disk)
         if new._vm_state:
             raise ValueError("new is a VM state: copy it from its file object, raw()")
         if in_place or base != "recorded":
             raise ValueError("in_place and base go with since: a full copy starts from nothing")
+        to = new_copy(path, form=format, compress=compress, replace=replace)
     else:
         comparable(since, new)
+        if replace or (format or form_of(path)) != "raw":
+            raise ValueError("since updates a raw file, device or export: leave out replace")
+        to = update(path, how, in_place=in_place)
     old = None if since is None else since._disk
     with silent():
-        done = backup.copy(new._image, new._disk, path, old, *flags, how)
+        done = backup.copy(new._image, new._disk, to, _told(warn), old, verify=verify)
     return Copied(done.amount.data, done.amount.zeros)
+
+
+@public
+def compact(
+    image: Image,
+    target: str | os.PathLike[str],
+    *,
+    compress: str | None = None,
+    replace: bool = False,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> None:
+    """Copy the image with all its snapshots, as they are listed, and with nothing else.
+
+    What is compressed stays so; ``compress``, ``"zlib"`` or ``"zstd"``, is for the rest.  The other
+    keywords are those of :func:`split`.  Raises as :func:`copy`.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     compact(image, "small.qcow2")
+    """
+    arguments.instance("image", image, Image)
+    where = arguments.path("target", target)
+    _check_compress(compress)
+    place = judge(where, whole_image.COMPACT_TARGETS, replace=arguments.flag("replace", replace))
+    with silent():
+        whole_image.compact(
+            image._image, place, _told(warn), compress, arguments.flag("verify", verify)
+        )
 
 
 @public
@@ -81,6 +133,7 @@ def split(
     image: Image,
     directory: str | os.PathLike[str],
     *,
+    replace: bool = False,
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
@@ -100,8 +153,9 @@ def split(
     arguments.instance("image", image, Image)
     where = arguments.path("directory", directory)
     arguments.flag("verify", verify)
+    place = judge(where, chains.SPLIT_TARGETS, replace=arguments.flag("replace", replace))
     with silent():
-        names = chains.split(image._image, where, _told(warn), verify)
+        names = chains.split(image._image, place, _told(warn), verify)
     return [os.path.join(where, name) for name in names]
 
 
@@ -110,6 +164,7 @@ def join(
     top: Image,
     target: str | os.PathLike[str],
     *,
+    replace: bool = False,
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
@@ -126,8 +181,14 @@ def join(
     arguments.instance("top", top, Image)
     where = arguments.path("target", target)
     arguments.flag("verify", verify)
+    place = judge(where, chains.JOIN_TARGETS, replace=arguments.flag("replace", replace))
     with silent():
-        return chains.join(top._image, where, _told(warn), verify)
+        return chains.join(top._image, place, _told(warn), verify)
+
+
+def _check_compress(compress: str | None) -> None:
+    if compress is not None:
+        arguments.one_of("compress", compress, tuple(COMPRESSIONS))
 
 
 def _told(warn: Callable[[str], object]) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
@@ -23,30 +23,28 @@ from ..format.ondisk import MAX_CHAIN
 from ..format.snapshot_table import read_table
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
-from ..image.extents import ALLOCATED, Extent, merged
+from ..image.extents import ALLOCATED, Extent
 from ..image.image import Image
 from ..image.layers import Layer, RawLayer
 from ..image.opener import Options
 from ..storage.libnbd import is_uri
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
-from ..util.interrupts import raise_if_interrupted
-from ..util.progress import Advance, progress
-from .destination import Kind, destination
+from ..util.progress import Bar, progress
 from .engine import Plan, RawSource, transfer, whole
-from .outputs import check_space, output
-from .qemu import qemu_img, writable
+from .job import Warn, warn_of_encryption
+from .judge import ENDING, Kind, Place
+from .outputs import output, permissions, private, publish
+from .qemu import create, options_like, qemu_img, writable
+from .room import check_room
 from .verify import State, Written, images
 
 SPLIT_TARGETS: Final = Kind.DIRECTORY
 JOIN_TARGETS: Final = Kind.FILE
 
-ENDING: Final = ".qcow2"
 ACTIVE: Final = "active"
 
 _LONGEST_NAME: Final = 255  # bytes, of every Linux filesystem
-
-Warn = Callable[[str], None]
 
 
 class Part(NamedTuple):
@@ -67,13 +65,14 @@ class Part(NamedTuple):
 # --- split ---
 
 
-def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list[str]:
-    """Make the chain in a directory that is absent or empty; returns its files, base first.
+def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]:
+    """Make the chain in a directory; returns its files, base first.
 
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(directory, SPLIT_TARGETS).ensure_apart(image.files)
+    directory = place.name
+    place.ensure_apart(image.files)
     check_local(image)
     ensure_not_written(image.files)
     snapshots = image.snapshots
@@ -85,21 +84,23 @@ def split(image: Image, directory: str, warn: Warn, verify: bool = True) -> list
     for s in snapshots:
         if s.vm_state_size:
             warn(f"the VM state of snapshot {shown(s.name)} is not carried over")
-    with output(directory, is_directory=True) as temporary:
-        total = _check_room(image, parts, os.path.dirname(temporary), directory)
-        if os.path.isdir(directory):
-            os.chmod(temporary, os.stat(directory).st_mode & 0o7777)
+    most = permissions(image.files)
+    with output(directory, is_directory=True, replace=place.replace) as temporary:
+        total = _check_room(image, parts, temporary, directory)
+        paths = [os.path.join(temporary, part.name + ENDING) for part in parts]
         backing = kept_backing(image, directory) if keep else None
-        with progress("splitting", total) as advance:
-            for part in parts:
-                path = os.path.join(temporary, part.name + ENDING)
+        with progress("splitting", total) as bar:
+            for part, path in zip(parts, paths, strict=True):
+                private(path)
                 _create(image, path, part.size, backing)
-                _write(part, path, advance, _home(image))
+                _write(part, path, bar, _home(image))
                 backing = _relative(part.name + ENDING), "qcow2"
         ensure_not_written(image.files)
         if verify:
             images([_overlay(part, temporary, directory) for part in parts], _options(image))
             ensure_not_written(image.files)
+        for path in paths:
+            publish(path, most)
     return [part.name + ENDING for part in parts]
 
 
@@ -126,8 +127,19 @@ def file_names(snapshots: Sequence[Snapshot]) -> list[str]:
 
 
 def _encoded(name: str) -> str:
-    """A name as a file's, with what that cannot hold percent-encoded."""
-    return "".join(f"%{ord(c):02X}" if c in "/\0%" else c for c in name)
+    """A name as a file's.  Percent-encoded is what no file name can hold, what hides a file or
+    makes an option of it, and what does not show as what it is: control characters, those that
+    turn the direction of writing, bytes that are not UTF-8."""
+    bare = name.lstrip(".")
+    leading = len(name) - len(bare) or name.startswith("-")
+    return "".join(
+        c if i >= leading and c.isprintable() and c not in "/%" else _percent(c)
+        for i, c in enumerate(name)
+    )
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def _states(image: Image, snapshots: Sequence[Snapshot], keep: bool) -> Iterator[Part]:
@@ -189,13 +201,14 @@ def check_local(image: Image) -> None:
 # --- join ---
 
 
-def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
+def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]:
     """Make one image of the chain below and with ``top``; returns its snapshots, base first.
 
     With ``verify`` it is compared with the source before it gets its name.
     Raises UsageError before anything is written when that cannot be done.
     """
-    destination(out, JOIN_TARGETS).ensure_apart(top.files)
+    out = place.name
+    place.ensure_apart(top.files)
     check_local(top)
     ensure_not_written(top.files)
     chain = top.chain[::-1]
@@ -204,15 +217,15 @@ def join(top: Image, out: str, warn: Warn, verify: bool = True) -> list[str]:
     for storage, layer in chain:
         if isinstance(layer, Disk) and read_table(storage).snapshots:
             warn(f"the snapshots inside {shown(storage.path)} are not carried over")
-    with output(out) as temporary:
-        total = _check_room(top, parts, os.path.dirname(temporary), out)
+    with output(out, most=permissions(top.files), replace=place.replace) as temporary:
+        total = _check_room(top, parts, temporary, out)
         _create(top, temporary, parts[0].size, None)
         size = parts[0].size
-        with progress("joining", total) as advance:
+        with progress("joining", total) as bar:
             for part in parts:
                 if part.size != size:
                     qemu_img("resize", "-q", "-f", "qcow2", "--shrink", temporary, str(part.size))
-                _write(part, temporary, advance, grown_from=size)
+                _write(part, temporary, bar, grown_from=size)
                 size = part.size
                 qemu_img("snapshot", "-q", "-c", part.name, temporary)
         ensure_not_written(top.files)
@@ -249,12 +262,7 @@ def _options(image: Image) -> Options:
 
 
 def _create(like: Image, path: str, size: int, backing: tuple[str, str] | None) -> None:
-    options = f"compat=1.1,cluster_size={like.header.cluster_size}"
-    if like.header.extended_l2:
-        options += ",extended_l2=on"
-    below = [] if backing is None else ["-b", backing[0], "-F", backing[1]]
-    line = ["create", "-q", "-f", "qcow2", "-o", options, *below, path, str(size)]
-    qemu_img(*line, directory=_home(like))
+    create(path, size, options_like(like.header), backing, _home(like))
 
 
 def _home(image: Image) -> str:
@@ -262,39 +270,16 @@ def _home(image: Image) -> str:
     return os.path.dirname(os.path.realpath(image.path))
 
 
-def _write(
-    part: Part, path: str, advance: Advance, home: str = "/", grown_from: int | None = None
-) -> None:
+def _write(part: Part, path: str, bar: Bar, home: str = "/", grown_from: int | None = None) -> None:
     with writable(path, home) as target:
         if grown_from is not None and grown_from < part.size:
             # A larger layer was there before a smaller one: its bytes behind the smaller one's
             # end are still in the last cluster.
             target.zero(grown_from, min(part.size - grown_from, 2 << 20))
             target.flush()
-        transfer(part.state.source, part.plan, target, advance)
+        transfer(part.state.source, part.plan, target, bar)
 
 
-def _check_room(image: Image, parts: Sequence[Part], directory: str, out: str) -> int:
-    """The bytes of data in all plans.  Raises UsageError when the result would not fit."""
-    cluster = image.header.cluster_size
-    per_table = cluster * cluster // 16  # what one L2 table maps, at the least
-    data = needed = 0
-    for part in parts:
-        clusters = 8 + part.size // per_table * 8 // cluster  # header, refcounts, L1 table
-        last_table = -1
-        for offset, length, kind in merged(part.plan()):
-            raise_if_interrupted()
-            last = (offset + length - 1) // per_table
-            clusters += last - max(last_table, offset // per_table - 1)
-            last_table = last
-            if kind == ALLOCATED:
-                data += length
-                clusters += (offset + length - 1) // cluster - offset // cluster + 1
-        needed += clusters * cluster * 513 // 512  # a refcount for each, of up to 16 bits
-    check_space(directory, needed, shown(out))
-    return data
-
-
-def warn_of_encryption(image: Image, warn: Warn) -> None:
-    if image.encrypted:
-        warn(f"{shown(image.path)} is encrypted, the result is not")
+def _check_room(image: Image, parts: Sequence[Part], temporary: str, out: str) -> int:
+    plans = [(part.size, part.plan) for part in parts]
+    return check_room(plans, image.header.cluster_size, os.path.dirname(temporary), shown(out))

@@ -12,7 +12,7 @@ both are what was compared already.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -29,22 +29,22 @@ from ..tables.check import check
 from ..tables.diff import changes
 from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
 from ..util.progress import Advance, progress
-from .chains import check_local, kept_backing, warn_of_encryption
+from .chains import check_local, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier, Stretch
-from .destination import Kind, destination
 from .engine import whole
+from .job import Warn, warn_of_encryption
+from .judge import Kind, Place
 from .newimage import NewImage, Shape
-from .outputs import check_space, output
+from .outputs import output, permissions
+from .room import check_space
 from .verify import compare
 
 COMPACT_TARGETS: Final = Kind.FILE
 
-Warn = Callable[[str], None]
-
 
 def compact(
-    image: Image, out: str, warn: Warn, compress: str | None = None, verify: bool = True
+    image: Image, place: Place, warn: Warn, compress: str | None = None, verify: bool = True
 ) -> None:
     """Write the copy.  ``compress``, "zlib" or "zstd", compresses what is not compressed yet.
 
@@ -52,7 +52,8 @@ def compact(
     anything is written when that cannot be done, otherwise what :meth:`.Disk.pread_into` raises and
     StorageError when the file cannot be written.
     """
-    destination(out, COMPACT_TARGETS).ensure_apart(image.files)
+    out = place.name
+    place.ensure_apart(image.files)
     check_local(image)
     ensure_not_written(image.files)
     table = image.table()
@@ -60,7 +61,7 @@ def compact(
         raise ImageError(f"the snapshot table of {shown(image.path)} is damaged: {table.damage}")
     _warn_of_losses(image, warn)
     shape = _shape(image, out, compress)
-    with output(out) as part:
+    with output(out, most=permissions(image.files), replace=place.replace) as part:
         needed = sum(os.stat(file.path).st_blocks * 512 for file in image.files[:1])
         check_space(os.path.dirname(part), needed, f"compacting {shown(image.path)}")
         fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)

@@ -21,8 +21,10 @@ before the data comes, and not after.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
 from typing import Final, NamedTuple, Protocol
 
 from ..image.disk import Disk
@@ -30,8 +32,10 @@ from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
 from ..image.layers import RawLayer
 from ..storage.local import Buffer
 from ..util.interrupts import raise_if_interrupted
-from ..util.progress import Advance
+from ..util.pool import Pool
+from ..util.progress import Bar
 from ..util.workers import spread
+from .kernel import KernelCopy
 from .targets import Target
 
 #: Gives the ranges to move, from the start each time it is called.
@@ -46,6 +50,7 @@ THREADS_REMOTE: Final = 8  # they wait for a server, not for a processor
 #: The largest cluster: no compressed one is decoded for two pieces either.
 PIECE: Final = 2 << 20
 _ZERO_PIECE: Final = 1 << 30  # NBD lengths have 32 bits
+_ZEROS: Final = memoryview(bytes(PIECE))
 
 
 class Source(Protocol):
@@ -100,15 +105,17 @@ def whole(disk: Disk) -> Iterator[Extent]:
             at = extent.offset + extent.length
 
 
-def transfer(
-    source: Source, plan: Plan, target: Target, advance: Advance, threads: int = THREADS
-) -> None:
+def transfer(source: Source, plan: Plan, target: Target, bar: Bar, threads: int = THREADS) -> None:
     """Write the plan's ranges of the source to the target, and zeros where it says so.
 
-    ``advance`` hears of data alone, since zeros take no time worth showing.
+    The bar hears of data alone, since zeros take no time worth showing.
     The first error of any thread ends it and is raised; so does Ctrl-C
     (:mod:`..util.interrupts`).
     """
+
+    kernel: KernelCopy | None = None
+    if isinstance(source, Disk) and target.fd is not None:
+        kernel = KernelCopy(source, target.fd)
 
     def writer() -> Callable[[Block], None]:
         buffer = memoryview(bytearray(PIECE))
@@ -116,9 +123,13 @@ def transfer(
         def write(block: Block) -> None:
             for offset, length, kind in block:
                 if kind == ALLOCATED:
-                    source.pread_into(buffer[:length], offset)
-                    target.write(buffer[:length], offset)
-                    advance(length)
+                    done = 0 if kernel is None else kernel.copy(offset, length)
+                    if done < length:
+                        rest = buffer[: length - done]
+                        source.pread_into(rest, offset + done)
+                        target.write(rest, offset + done)
+                    target.wrote(offset, length)
+                    bar(length)
                 else:
                     target.zero(offset, length)
 
@@ -130,7 +141,42 @@ def transfer(
             target.flush()
         return
     spread(_blocks(plan()), writer, threads)
+    bar.now("waiting for the disk")
     target.flush()
+
+
+def ordered(source: Source, plan: Plan, threads: int = THREADS) -> Iterator[memoryview]:
+    """All bytes of a plan without gaps, in order, each piece until the next is asked for.
+
+    As many pieces as there are threads are read ahead.  Raises what reading raises, where it is.
+    """
+    buffers: Pool[bytearray] = Pool(lambda: bytearray(PIECE))
+
+    def read(extent: Extent) -> bytearray:
+        buffer = buffers.take()
+        source.pread_into(memoryview(buffer)[: extent.length], extent.offset)
+        return buffer
+
+    def pieces() -> Iterator[tuple[Extent, Future[bytearray] | None]]:
+        for extent in cut(plan()):
+            raise_if_interrupted()
+            yield extent, pool.submit(read, extent) if extent.type == ALLOCATED else None
+
+    with ThreadPoolExecutor(threads) as pool:
+        under_way: deque[tuple[Extent, Future[bytearray] | None]] = deque()
+        coming = pieces()
+        while True:
+            under_way.extend(islice(coming, threads - len(under_way)))
+            if not under_way:
+                return
+            extent, reading = under_way.popleft()
+            if reading is None:
+                for at in range(0, extent.length, PIECE):
+                    yield _ZEROS[: extent.length - at]
+            else:
+                buffer = reading.result()
+                yield memoryview(buffer)[: extent.length]
+                buffers.give(buffer)
 
 
 def _only(kind: int, extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -16,10 +16,14 @@ writer does the same after it has made the file, as somebody's clearing may have
 * A directory can only be locked with flock.  On network filesystems that reaches no further than
   this machine; so the names begin with what is this machine's until it starts anew, and those of
   others are left alone.
+
+Until it is whole an output is nobody's but the user's.  Then it gets the permissions that the umask
+leaves, or those of what it replaces, but never more than what was read for it had.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -28,14 +32,15 @@ import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from ..errors import UsageError, reason, shown
-from ..util.units import binary
+from ..storage.libnbd import is_uri
+from ..storage.local import Storage
 
 _FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _BYTE: Final = 1 << 62
@@ -43,12 +48,23 @@ _CREATE_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
+# linux/fs.h, of renameat2
+_NOREPLACE: Final = 1
+_EXCHANGE: Final = 2
+_AT_FDCWD: Final = -100
+_UNKNOWN: Final = (errno.EINVAL, errno.ENOSYS)  # by the filesystem, or by the kernel
+
+
 @contextmanager
-def output(path: str, is_directory: bool = False) -> Iterator[str]:
+def output(
+    path: str, is_directory: bool = False, most: int = 0o7777, *, replace: bool = False
+) -> Iterator[str]:
     """The name of an empty file or directory that the block fills; then it is renamed to ``path``.
 
-    A symlink is followed, so that what it leads to is replaced and not the link.  Whoever calls has
-    asked :func:`.destination` whether that will do.
+    ``most`` are the permissions that a file may get, of a directory its own files' (:func:`private`
+    and :func:`publish`).  A symlink is followed, so that what it leads to is replaced and not the
+    link; nothing is replaced but an empty directory unless ``replace`` says so.  Whoever calls has
+    asked :mod:`.judge` whether that will do.
     """
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
@@ -59,8 +75,9 @@ def output(path: str, is_directory: bool = False) -> Iterator[str]:
         raise UsageError(f"cannot write into the directory {shown(directory)}: {reason(e)}") from e
     try:
         yield part
+        _permit(held, path, most)
         _settle(part)
-        os.rename(part, path)
+        _give_name(part, path, is_directory, replace)
     except BaseException:
         _remove(part)
         raise
@@ -69,14 +86,80 @@ def output(path: str, is_directory: bool = False) -> Iterator[str]:
     _sync(directory)
 
 
-def check_space(directory: str, needed: int, what: str) -> None:
-    """Raises UsageError unless the directory's filesystem has that many bytes free."""
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
+def permissions(files: Iterable[Storage]) -> int:
+    """Those that all of the files have."""
+    most = 0o777
+    for file in files:
+        if not is_uri(file.path):
+            try:
+                most &= os.stat(file.absolute).st_mode
+            except OSError:  # its name is gone
+                most &= 0o600
+    return most
+
+
+def private(path: str) -> None:
+    """Make an empty file that nobody else may read, in a directory that is an output."""
+    os.close(os.open(path, _CREATE_FILE, 0o600))
+
+
+def publish(path: str, most: int) -> None:
+    """Give such a file the permissions of a new one, ``most`` at the most."""
+    with suppress(PermissionError):
+        os.chmod(path, 0o666 & ~_umask() & most)
+
+
+def _permit(fd: int, path: str, most: int) -> None:
+    """Give what is going to have that name its permissions."""
+    is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+    mode = (0o777 if is_directory else 0o666) & ~_umask()
+    with suppress(FileNotFoundError):
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    with suppress(PermissionError):  # by a filesystem that keeps none, as on a memory card
+        os.fchmod(fd, mode if is_directory else mode & most)
+
+
+def _umask() -> int:
+    """Without changing it, which all threads would feel."""
+    status = Path("/proc/self/status").read_text("ascii", "replace")
+    return int(status.partition("\nUmask:")[2].split()[0], 8)
+
+
+def _give_name(part: str, path: str, is_directory: bool, replace: bool) -> None:
+    if replace and is_directory:
+        _exchange(part, path)  # now it is the old one that has the temporary name
+        _remove(part)
+    elif replace or is_directory:  # a directory only takes the place of an empty one
+        os.rename(part, path)
+    else:
+        try:
+            _rename(part, path, _NOREPLACE)
+        except FileExistsError:
+            raise UsageError(
+                f"{shown(path)} was made by somebody else meanwhile: add --force to replace it"
+            ) from None
+        except OSError as e:
+            if e.errno not in _UNKNOWN:
+                raise
+            os.rename(part, path)
+
+
+def _exchange(part: str, path: str) -> None:
+    try:
+        _rename(part, path, _EXCHANGE)
+    except OSError as e:
         raise UsageError(
-            f"{what} needs {binary(needed)}, {shown(directory)} has {binary(free)} free"
-        )
+            f"the filesystem of {shown(path)} cannot replace a directory by another "
+            f"({reason(e)}): remove the old one first"
+        ) from e
+
+
+def _rename(old: str, new: str, flags: int) -> None:
+    call = ctypes.CDLL(None, use_errno=True).renameat2
+    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), new)
 
 
 def _settle(path: str) -> None:
@@ -107,8 +190,8 @@ def _begin(directory: str, is_directory: bool) -> tuple[str, int]:
         part = os.path.join(directory, f"{_prefix()}{secrets.token_hex(8)}.part")
         try:
             if is_directory:
-                os.mkdir(part)
-            fd = os.open(part, _OPEN_DIRECTORY if is_directory else _CREATE_FILE, 0o666)
+                os.mkdir(part, 0o700)
+            fd = os.open(part, _OPEN_DIRECTORY if is_directory else _CREATE_FILE, 0o600)
         except FileNotFoundError:
             if not is_directory:
                 raise

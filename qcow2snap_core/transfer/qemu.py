@@ -1,4 +1,7 @@
-"""QEMU's own tools, which write the qcow2 files that this package makes."""
+"""QEMU's own tools, which write the qcow2 files that this package makes.
+
+Its ``compress`` filter lets nothing through but whole clusters, each of them once.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from threading import Lock
 from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
+from ..format.header import Header
 from ..util.interrupts import raise_if_interrupted
 from .engine import THREADS
 from .targets import NbdTarget
@@ -41,16 +45,47 @@ def qemu_img(*arguments: str, directory: str | None = None) -> None:
         raise StorageError(_first_line(done.stderr) or f"qemu-img {arguments[0]} failed")
 
 
+def create(
+    path: str,
+    size: int,
+    options: str,
+    backing: tuple[str, str] | None = None,
+    directory: str | None = None,
+) -> None:
+    """Make an empty qcow2 file; an empty file that is there keeps its permissions.
+
+    ``options`` are those of ``qemu-img create -o``; ``backing`` the name and format of the file
+    below.  Raises as :func:`qemu_img`.
+    """
+    below = [] if backing is None else ["-b", backing[0], "-F", backing[1]]
+    line = ["create", "-q", "-f", "qcow2", "-o", f"compat=1.1,{options}", *below, path, str(size)]
+    qemu_img(*line, directory=directory)
+
+
+def options_like(header: Header) -> str:
+    """The options that make a file with the same clusters."""
+    extended = ",extended_l2=on" if header.extended_l2 else ""
+    return f"cluster_size={header.cluster_size}{extended}"
+
+
 @contextmanager
-def writable(path: str, directory: str = "/") -> Iterator[NbdTarget]:
+def writable(path: str, directory: str = "/", *, compressed: bool = False) -> Iterator[NbdTarget]:
     """The qcow2 file of an absolute path as something to write to, through a qemu-nbd that runs in
     that directory, as :func:`qemu_img` does, and ends with the block.
 
     It ends with its last connection, so it does not outlive a process that was killed either.
     """
+    image = path
+    options = ["-f", "qcow2", "--discard=unmap"]
+    if compressed:
+        name = path.replace(",", ",,")
+        image = f"driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename={name}"
+        options = ["--image-opts"]
     with tempfile.TemporaryFile() as said:
         try:
-            target = NbdTarget(path, lambda handle: _start(handle, path, directory, said), THREADS)
+            target = NbdTarget(
+                path, lambda handle: _start(handle, image, options, directory, said), THREADS
+            )
         except UsageError as e:
             raise UsageError(_first_line(_content(said)) or str(e)) from e
         try:
@@ -59,20 +94,19 @@ def writable(path: str, directory: str = "/") -> Iterator[NbdTarget]:
             target.close()
 
 
-def _start(handle: Any, path: str, directory: str, said: IO[bytes]) -> None:
+def _start(handle: Any, image: str, options: list[str], directory: str, said: IO[bytes]) -> None:
     # libnbd starts it with our own standard error; the shell gives it another.  Should we be
     # killed before anything is connected, the kernel ends it, or the shell never starts it;
     # not with SIGTERM, which qemu-nbd forgets while it starts.
-    # The path goes through the environment, since libnbd takes arguments in UTF-8 only.
+    # The image goes through the environment, since libnbd takes arguments in UTF-8 only.
     us = os.getpid()
     shell = f'[ $PPID = {us} ] && cd "${_DIRECTORY}" && exec qemu-nbd "$@" "${_IMAGE}"'
     shell += f" 2>/proc/{us}/fd/{said.fileno()}"
     starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
-    options = ["-f", "qcow2", "--discard=unmap", "-e", str(THREADS)]
     with _environment:
-        os.environ[_IMAGE] = path
+        os.environ[_IMAGE] = image
         os.environ[_DIRECTORY] = directory
-        handle.connect_systemd_socket_activation([*starter, *options])
+        handle.connect_systemd_socket_activation([*starter, *options, "-e", str(THREADS)])
 
 
 def _content(file: IO[bytes]) -> bytes:

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
@@ -18,6 +19,7 @@ from ..errors import StorageError, UsageError, reason, shown
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..storage.libnbd import libnbd, message_of, without_secrets
 from ..storage.local import Buffer
+from .writeback import WriteBack
 
 
 class Target(Protocol):
@@ -25,12 +27,17 @@ class Target(Protocol):
 
     size: int  # bytes
     foreign: bool  # another program writes: :mod:`.engine` keeps zeros and data apart
+    fd: int | None  # a file that the kernel can copy into, if it is one
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view."""
 
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros, without taking space for it where that is possible."""
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Hear that a range was written, by :meth:`write` or by the kernel: it may go on its way
+        to the disk."""
 
     def flush(self) -> None:
         """Bring everything to the disk."""
@@ -53,11 +60,14 @@ class RawTarget:
     """An open file or block device."""
 
     foreign = False
+    fd: int | None
 
     def __init__(self, path: str, fd: int, *, empty: bool = False) -> None:
         """Owns the descriptor.  ``empty``: it is one hole already."""
         self._path = path
         self._fd = fd
+        self.fd = fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        self._write_back = WriteBack(fd)
         self._empty = empty
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
@@ -83,6 +93,12 @@ class RawTarget:
                     raise _failed(self._path, offset, reason(e)) from e
         _write_zeros(self, offset, length)
 
+    def wrote(self, offset: int, length: int) -> None:
+        try:
+            self._write_back.wrote(offset, length)
+        except OSError as e:
+            raise _failed(self._path, offset, reason(e)) from e
+
     def flush(self) -> None:
         try:
             os.fsync(self._fd)
@@ -106,6 +122,7 @@ class NbdTarget:
     """A writable NBD export, over several connections where the server allows that."""
 
     foreign = True
+    fd: int | None = None
 
     def __init__(self, name: str, connect: Callable[[Any], None], connections: int) -> None:
         """``connect`` is called with the first handle; ``name`` is for error lines."""
@@ -175,6 +192,9 @@ class NbdTarget:
             at += inside
         if at == offset:
             yield Extent(offset, ask, ALLOCATED)
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Nothing to do: it is its server's file."""
 
     def flush(self) -> None:
         for handle in self._all:

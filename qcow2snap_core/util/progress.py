@@ -31,31 +31,39 @@ def silent() -> Iterator[None]:
         _silent.reset(token)
 
 
+class Bar:
+    """Long work as the user sees it; an :data:`Advance`."""
+
+    def __init__(self, drawn: Any = None) -> None:
+        """``drawn``: tqdm's bar, or None where nothing is drawn."""
+        self._drawn = drawn
+        self._lock = Lock()  # tqdm's own update is not made for several threads
+
+    def __call__(self, done: int) -> None:
+        if self._drawn is not None:
+            with self._lock:
+                self._drawn.update(done)
+
+    def now(self, what: str) -> None:
+        """Say what is done from now on, instead of what the bar began with."""
+        if self._drawn is not None:
+            with self._lock:
+                self._drawn.set_description(what)
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
+def progress(what: str, total: int) -> Iterator[Bar]:
     """Show a bar of ``total`` bytes until the block ends."""
     shown = not _silent.get() and sys.stderr.isatty()
-    bar = _bar(what, total) if shown else None
-    if bar is None:
-        yield _nothing
-        return
-    lock = Lock()  # tqdm's own update is not made for several threads
-
-    def advance(done: int) -> None:
-        with lock:
-            bar.update(done)
-
+    drawn = _drawn(what, total) if shown else None
     try:
-        yield advance
+        yield Bar(drawn)
     finally:
-        bar.close()
+        if drawn is not None:
+            drawn.close()
 
 
-def _nothing(done: int) -> None:
-    pass
-
-
-def _bar(what: str, total: int) -> Any:
+def _drawn(what: str, total: int) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import damage, qemu
-from support.command import fails, qcow2snap, qcow2snap_json
+from support.command import fails, qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB, RandomImage
 from support.server import serve
 
@@ -23,8 +23,8 @@ def merged(path: Path) -> list[tuple[int, int, int, int | None]]:
     """qemu-img map, neighbours of one type that are neighbours in the file put together."""
     found: list[tuple[int, int, int, int | None]] = []
     for e in json.loads(qemu.run("qemu-img", "map", "--output=json", path)):
-        kind = 3 if e["zero"] else 0
-        host = None if e["zero"] or e["depth"] else e["offset"]
+        kind = qemu.allocation(e)
+        host = None if kind or e["depth"] else e["offset"]
         if found:
             start, length, last, before = found[-1]
             if last == kind and host == (None if before is None else before + length):
@@ -75,6 +75,13 @@ def test_each_compressed_cluster_is_where_its_stream_is(disk: Path) -> None:
     assert [e["host"] for e in found] == [
         damage.stream(disk, "s", at)[0] for at in (256 * KiB, 320 * KiB)
     ]
+
+
+def test_without_a_snapshot_it_says_which_there_are(disk: Path) -> None:
+    done = run("map", disk)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name a SNAPSHOT, or @active for the active disk: it has 1 's': " in done.stderr
+    assert "no such file" in fails("map", disk.with_name("none"))
 
 
 def test_a_damaged_table_is_an_error(disk: Path) -> None:

@@ -69,7 +69,10 @@ def test_a_file_that_is_there_is_replaced_and_keeps_its_mode(image: Path, tmp_pa
     out.write_bytes(JUNK * 20 * MiB)
     out.chmod(0o640)
     link.symlink_to(out)
-    command.qcow2snap("copy", image, "one", link)
+    said = command.fails("copy", image, "one", link)
+    assert said.endswith(f"'{link}' is there already: add --force to replace it")
+    assert out.read_bytes() == JUNK * 20 * MiB
+    command.qcow2snap("copy", "--force", image, "one", link)
     assert out.read_bytes() == qemu.snapshot_content(image, "one")
     assert out.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
@@ -117,7 +120,10 @@ def test_a_server_that_fails_is_one_line(image: Path, tmp_path: Path) -> None:
 
 REFUSED = {
     "the image itself": ("disk.qcow2", "which is being copied"),
-    "a directory": ("directory", "is a directory: give a file, a block device or an NBD URI"),
+    "a directory": (
+        "directory",
+        "is a directory: give a file, a block device, a FIFO or an NBD URI",
+    ),
     "a place that is not there": ("none/out.raw", "there is no directory"),
     "a server that is not there": ("nbd+unix:///?socket=none", "No such file or directory"),
 }
@@ -130,7 +136,7 @@ def test_a_target_that_will_not_do_is_one_line(
     (tmp_path / "disk.qcow2").symlink_to(image)
     (tmp_path / "directory").mkdir()
     target = target.replace("none", f"{tmp_path}/none") if ":" in target else tmp_path / target
-    assert expected in command.fails("copy", image, "one", target)
+    assert expected in command.fails("copy", "--force", image, "one", target)
 
 
 def test_no_such_snapshot_is_one_line(image: Path, tmp_path: Path) -> None:
@@ -146,7 +152,7 @@ def test_a_read_error_leaves_the_old_file(image: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
     out.write_bytes(b"old")
     qemu.patch(path, damage.stream(path, "one", 5 * MiB)[0], b"\xff" * 16)
-    assert "stream" in command.fails("copy", path, "one", out)
+    assert "stream" in command.fails("copy", "--force", path, "one", out)
     assert out.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "out.raw"]
 

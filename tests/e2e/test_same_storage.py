@@ -33,9 +33,9 @@ def image(tmp_path: Path) -> Path:
 def refused(image: object, target: object, *held: Path) -> str:
     """The line with which a copy and a join are refused; what is held stays as it was."""
     before = [path.read_bytes() for path in held]
-    said = fails("copy", image, "s", target)
+    said = fails("copy", "--force", image, "s", target)
     if not str(target).startswith("/dev/"):  # join takes files only
-        assert SAME in fails("join", image, target)
+        assert SAME in fails("join", "--force", image, target)
     assert [path.read_bytes() for path in held] == before
     return said
 

@@ -127,10 +127,17 @@ NAMES = {
     "a slash": (b"a/b", "a%2Fb"),
     "a percent sign": (b"50%", "50%25"),
     "a colon": (b"nbd:x", "nbd:x"),
-    "spaces and quotes": (b" it's,a=b\n", " it's,a=b\n"),
-    "not UTF-8": (b"\xff\xfe", os.fsdecode(b"\xff\xfe")),
+    "spaces and quotes": (b" it's,a=b", " it's,a=b"),
+    "words of any language": ("nächtlich 夜 ночь".encode(), "nächtlich 夜 ночь"),
+    "a line feed": (b"a\nb", "a%0Ab"),
+    "an escape sequence": (b"\x1b[31mred\x7f", "%1B[31mred%7F"),
+    "a C1 control": ("\x9b31m".encode(), "%C2%9B31m"),
+    "right to left": ("a\u202eb".encode(), "a%E2%80%AEb"),
+    "not UTF-8": (b"a\xff\xfe", "a%FF%FE"),
     "empty": (b"", "1"),
-    "dots": (b"..", ".."),
+    "dots": (b"..", "%2E%2E"),
+    "a hidden one": (b".a.b", "%2Ea.b"),
+    "an option": (b"-rf", "%2Drf"),
     "the active one's": (b"active", "1"),
     "another's ID": (b"2", "1"),
     "repeated": (b"second", "1"),
@@ -152,6 +159,49 @@ def test_overlays_are_named_after_their_snapshots(
     found = {f"{expected}.qcow2", f"{second}.qcow2", "active.qcow2"}
     assert set(os.listdir(chain)) == found
     assert qemu.content(chain / "active.qcow2") == qemu.content(path)
+
+
+def test_a_chain_is_replaced_only_when_that_is_asked_for(tmp_path: Path) -> None:
+    path, chain = qemu.create(tmp_path / "disk.qcow2", SIZE), tmp_path / "chain"
+    qemu.take(path, "one")
+    command.qcow2snap("split", path, chain)
+    chain.chmod(0o750)
+    qemu.delete(path, "one")
+    qemu.io(path, "write -P 6 0 64k")
+    assert "is not empty" in command.fails("split", path, chain)
+    assert sorted(os.listdir(chain)) == ["active.qcow2", "one.qcow2"]
+    command.qcow2snap("split", "--force", path, chain)
+    assert os.listdir(chain) == ["active.qcow2"]
+    assert qemu.content(chain / "active.qcow2") == qemu.content(path)
+    assert chain.stat().st_mode & 0o777 == 0o750
+    assert sorted(os.listdir(tmp_path)) == ["chain", "disk.qcow2"]
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "directory.qcow2", "link.qcow2", "the image"])
+def test_what_is_no_overlay_is_not_replaced_with_a_chain(tmp_path: Path, other: str) -> None:
+    path, chain = qemu.create(tmp_path / "disk.qcow2", SIZE), tmp_path / "chain"
+    chain.mkdir()
+    if other == "the image":
+        path = path.rename(chain / "disk.qcow2")
+    elif other == "directory.qcow2":
+        (chain / other).mkdir()
+    elif other == "link.qcow2":
+        (chain / other).symlink_to(path)
+    else:
+        (chain / other).write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    said = command.fails("split", "--force", path, chain)
+    assert "is being copied and lies in" in said or f"'{other}' in it is no overlay" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_image_is_replaced_by_a_join_only_when_that_is_asked_for(tmp_path: Path) -> None:
+    top, out = qemu.create(tmp_path / "top.qcow2", SIZE), tmp_path / "out.qcow2"
+    out.write_bytes(b"kept")
+    assert "is there already: add --force" in command.fails("join", top, out)
+    assert out.read_bytes() == b"kept"
+    command.qcow2snap("join", "--force", top, out)
+    assert list(qemu.snapshots(out)) == ["top"]
 
 
 def test_an_empty_directory_is_filled_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -198,5 +248,5 @@ def test_a_layer_below_whose_data_file_has_a_relative_name(tmp_path: Path) -> No
 def test_out_must_not_be_a_layer(tmp_path: Path) -> None:
     qemu.create(tmp_path / "base.qcow2", SIZE)
     top = qemu.create(tmp_path / "top.qcow2", SIZE, backing=("base.qcow2", "qcow2"))
-    assert "being copied" in command.fails("join", top, tmp_path / "base.qcow2")
-    assert "being copied" in command.fails("join", top, top)
+    for name in (tmp_path / "base.qcow2", top):
+        assert "being copied" in command.fails("join", "--force", top, name)

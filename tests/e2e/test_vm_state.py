@@ -3,6 +3,8 @@ and another QEMU that loads it as an incoming migration is in the same state."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import nbd
 import pytest
 from support import qemu
 from support.qemu import KiB, MiB
-from support.server import serve
+from support.server import ROOT, serve
 from support.vm import MEMORY, machine
 
 # Every geometry puts the state at another place: behind the disk, at the next L1 entry.
@@ -51,6 +53,15 @@ def test_the_export_is_what_qemu_saved(tmp_path: Path, shape: str) -> None:
         state = server.read("live/vmstate")
         assert server.copy("live/vmstate") == state
         assert server.read("live") == qemu.content(path, "live")
+    for target in (path.with_name("copied"), "-"):
+        done = subprocess.run(
+            [sys.executable, "-m", "qcow2snap_core", "copy", path, "live/vmstate", target],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            check=True,
+            timeout=60,
+        )
+        assert (done.stdout if target == "-" else path.with_name("copied").read_bytes()) == state
     assert len(state) == listed["vm-state-size"]
     assert state[:4] == b"QEVM"
     assert state == content_of_vm_state(path, "live")

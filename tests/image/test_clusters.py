@@ -101,7 +101,7 @@ def test_what_is_cut_off_is_lost_though_qemu_reads_zeros(tmp_path, kept):
         assert list(disk.extents(0, kept)) == ([(0, kept, 0)] if kept else [])
         assert disk.pread(MiB - SIZE, SIZE) == bytes(MiB - SIZE)
         if kept == SIZE:
-            assert check(image) == []
+            assert not any(f.is_damage for f in check(image))
             return
         how = "is cut off at" if kept else "lies past"
         said = f"guest offset 0x0: .* host offset {end:#x} {how} the end of the file"
@@ -148,7 +148,7 @@ def test_qemu_writes_the_whole_of_its_last_cluster(tmp_path, options, unaligned)
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.pread(2 * MiB, 0) == content(path, "s")
-        assert check(image) == []
+        assert not any(f.is_damage for f in check(image))
 
 
 # --- Compressed clusters ---

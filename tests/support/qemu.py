@@ -163,12 +163,18 @@ def extents(path: Path) -> list[tuple[int, int, int]]:
     """qemu-img map as (offset, length, type), with the types of base:allocation, merged."""
     found: list[tuple[int, int, int]] = []
     for e in json.loads(run("qemu-img", "map", "-U", "--output=json", path)):
-        kind = 3 if e["zero"] else 0
+        kind = allocation(e)
         if found and found[-1][2] == kind:
             found[-1] = (found[-1][0], found[-1][1] + e["length"], kind)
         else:
             found.append((e["start"], e["length"], kind))
     return found
+
+
+def allocation(e: dict[str, Any]) -> int:
+    """The type of an entry of qemu-img map.  A data cluster that is a hole in the file is both data
+    and zero, if QEMU takes the image for a preallocated one; tmpfs makes such files."""
+    return 3 if e["zero"] and not e["data"] else 0
 
 
 @dataclass

@@ -99,7 +99,7 @@ def extents(path: Path, secrets: Secrets) -> list[tuple[int, int, int]]:
     """qemu-img map of the active disk, as :func:`.qemu.extents`."""
     where = opened(path, secrets)
     said = qemu.run("qemu-img", "map", *objects(secrets), "--output=json", *where)
-    return merged((e["start"], e["length"], 3 if e["zero"] else 0) for e in json.loads(said))
+    return merged((e["start"], e["length"], qemu.allocation(e)) for e in json.loads(said))
 
 
 def snapshot_extents(path: Path, secrets: Secrets, snapshot: str) -> list[tuple[int, int, int]]:

@@ -96,7 +96,7 @@ def test_a_part_is_there_until_it_is_renamed(tmp_path: Path, is_directory: bool)
 @pytest.mark.parametrize("is_directory", KINDS)
 def test_a_part_lives_as_long_as_its_writer(tmp_path: Path, is_directory: bool) -> None:
     with writer(tmp_path / "out", is_directory) as (process, part):
-        with output(str(tmp_path / "other")):
+        with output(str(tmp_path / "other"), replace=True):
             assert part.exists()
         process.communicate("go on\n", timeout=60)
         assert process.returncode == 0
@@ -105,7 +105,7 @@ def test_a_part_lives_as_long_as_its_writer(tmp_path: Path, is_directory: bool) 
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         assert part.exists()
-        with output(str(tmp_path / "other")):
+        with output(str(tmp_path / "other"), replace=True):
             assert not part.exists()
     assert sorted(os.listdir(tmp_path)) == ["other", "out"]
 
@@ -115,7 +115,7 @@ def test_a_writer_in_another_container_is_seen(tmp_path: Path, is_directory: boo
     """Its process has no number here, or another's."""
     apart = "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"
     with writer(tmp_path / "out", is_directory, *apart) as (process, part):
-        with output(str(tmp_path / "other")):
+        with output(str(tmp_path / "other"), replace=True):
             assert part.exists()
         process.communicate("go on\n", timeout=60)
     assert whole(tmp_path / "out")
@@ -124,7 +124,7 @@ def test_a_writer_in_another_container_is_seen(tmp_path: Path, is_directory: boo
         process.wait(60)
 
         def cleared() -> bool:  # what was in there ends a moment after unshare
-            with output(str(tmp_path / "other")):
+            with output(str(tmp_path / "other"), replace=True):
                 return not part.exists()
 
         eventually(cleared)
@@ -186,9 +186,33 @@ def test_what_only_looks_like_a_part_is_left(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / fifo)
     dead = tmp_path / f"{mine}-{'3' * 16}.part"
     dead.touch()
-    with output(str(tmp_path / "out")):
+    with output(str(tmp_path / "out"), replace=True):
         pass
     assert sorted(os.listdir(tmp_path)) == sorted(["out", "kept", link, fifo, *others])
+
+
+def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="was made by somebody else meanwhile: add --force"):  # noqa: SIM117
+        with output(str(out)):
+            out.write_text("theirs")
+    assert out.read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("is_directory", KINDS)
+def test_what_is_replaced_is_there_until_then(tmp_path: Path, is_directory: bool) -> None:
+    out = tmp_path / "out"
+    old = out / "old" if is_directory else out
+    if is_directory:
+        out.mkdir()
+    old.write_text("old")
+    with output(str(out), is_directory, replace=True) as part:
+        (Path(part, "new") if is_directory else Path(part)).write_text("new")
+        assert old.read_text() == "old"
+    assert (out / "new" if is_directory else out).read_text() == "new"
+    assert not is_directory or os.listdir(out) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_directory_in_which_nothing_can_be_made_is_one_line() -> None:

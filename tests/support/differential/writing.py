@@ -21,7 +21,7 @@ def copies(world: World, rng: random.Random) -> None:
     """To a new file, then over it."""
     out = world.directory / "copy"
     for state in rng.sample(world.states, min(2, len(world.states))):
-        world.command("copy", world.path, state.name, out, *world.keys)
+        world.command("copy", "--force", world.path, state.name, out, *world.keys)
         same(f"copy {state.name}", out.read_bytes(), state.content)
     out.unlink()
 

@@ -2,8 +2,9 @@
 
 A command says which kinds of target it takes, and gets the one that the name means, or a line that
 says what is wrong with it.  So nothing is copied for an hour that then cannot be put where it
-belongs, and nothing is destroyed that was not meant: an output is renamed over what has its name,
-which would as well replace ``/dev/null`` by a file, or the directory that the user is in.
+belongs, and nothing is destroyed that was not meant.  What is there is replaced only when the user
+says so (``--force``), and then a file by a file: an output is renamed over what has its name, which
+would as well replace ``/dev/null``, or the directory that the user is in.
 
 Names mean what they mean to coreutils.  ``dir/`` is a directory, and no name for a new file.  A
 symlink is followed, unless it leads nowhere: whoever made it expected something there.  ``a/..`` is
@@ -26,6 +27,9 @@ from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
 from ..storage.samefile import ensure_apart
 
+#: How the names of the qcow2 files end that are made here.
+ENDING: Final = ".qcow2"
+
 _BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
 
 
@@ -36,43 +40,55 @@ class Kind(enum.Flag):
     DIRECTORY = enum.auto()  # a directory, new or empty
     DEVICE = enum.auto()  # a block device that nothing else uses
     EXPORT = enum.auto()  # the URI of an NBD export
+    STREAM = enum.auto()  # standard output, or a FIFO
 
+
+#: The target that stands for it; a file of that name is ``./-``.
+STANDARD_OUTPUT: Final = "-"
 
 _WORDS: Final = {
     Kind.FILE: "a file",
     Kind.DIRECTORY: "a directory that is absent or empty",
     Kind.DEVICE: "a block device",
+    Kind.STREAM: "a FIFO",
     Kind.EXPORT: "an NBD URI",
 }
 
 
 @dataclass(frozen=True)
-class Destination:
+class Place:
     """A target that will do."""
 
     name: str  # as the user gave it
     kind: Kind
-    path: str  # without symlinks; the URI of an export
+    path: str  # without symlinks; the URI of an export, the name of a stream
     new: bool = False  # there is nothing yet
+    replace: bool = False  # what is there may be replaced
 
     def ensure_apart(self, files: Iterable[Storage]) -> None:
         """Raises UsageError when one of the files that are being read is the target, or lies on
         the same storage, or that cannot be told."""
         if self.kind is Kind.EXPORT:
             _check_other_uri(files, self.name)
+        elif self.kind is Kind.STREAM:
+            _check_other_stream(files, self.path)
         else:
             at = os.path.dirname(self.path) if self.new else self.path
             ensure_apart(at, files, self.name, new=self.new)
+            if self.kind is Kind.DIRECTORY and self.replace:
+                _check_not_inside(files, self.path, self.name)
 
 
-def destination(name: str, accepts: Kind, *, in_place: bool = False) -> Destination:
+def judge(name: str, accepts: Kind, *, replace: bool = False, in_place: bool = False) -> Place:
     """What the name means as a target.
 
-    ``in_place``: a file that is there is written into; otherwise another takes its name.
+    ``replace``: what is there may be replaced.  ``in_place``: a file that is there is written into.
     Raises UsageError, also when what is there is not of a kind that is accepted.
     """
+    if name == STANDARD_OUTPUT and Kind.STREAM in accepts:
+        return _standard_output()
     if is_uri(name) and Kind.EXPORT in accepts:
-        return Destination(name, Kind.EXPORT, name)
+        return Place(name, Kind.EXPORT, name)
     wanted = _wanted(accepts)
     if is_uri(name):
         raise UsageError(f"{shown(without_secrets(name))} is remote: give {wanted}")
@@ -90,20 +106,24 @@ def destination(name: str, accepts: Kind, *, in_place: bool = False) -> Destinat
     if kind is None or kind not in accepts:
         raise UsageError(f"{shown(name)} is a {kind_name(status.st_mode)}: give {wanted}")
     path = os.path.realpath(name)
-    if not os.path.exists(path) or inode(os.stat(path)) != inode(status):
+    if kind is Kind.STREAM:
+        path = name  # that of a pipe is no path
+    elif not os.path.exists(path) or inode(os.stat(path)) != inode(status):
         raise UsageError(f"{shown(name)} is open, but has no name any more: give {wanted}")
     if kind is Kind.DIRECTORY:
-        _check_directory(name, path, status)
+        replace = _check_directory(name, path, status, replace)
     elif not os.access(path, os.W_OK, effective_ids=True):
         raise UsageError(f"{shown(name)} may not be written: {_why_not(path)}")
     elif kind is Kind.DEVICE:
         _check_device(name, path)
-    if kind is not Kind.DEVICE and not in_place:
+    if kind in Kind.FILE | Kind.DIRECTORY and not in_place:
         _check_replaceable(name, path, status)
-    return Destination(name, kind, path)
+        if kind is Kind.FILE and not replace:
+            raise UsageError(f"{shown(name)} is there already: add --force to replace it")
+    return Place(name, kind, path, replace=replace)
 
 
-def _new(name: str, accepts: Kind) -> Destination:
+def _new(name: str, accepts: Kind) -> Place:
     """For a name that leads nowhere yet."""
     kind = next((k for k in (Kind.FILE, Kind.DIRECTORY) if k in accepts), None)
     plain = name.rstrip("/")
@@ -123,20 +143,42 @@ def _new(name: str, accepts: Kind) -> Destination:
     except OSError as e:
         raise UsageError(f"{shown(directory)}: {reason(e)}") from e
     _check_parent(parent)
-    return Destination(name, kind, os.path.join(parent, last), new=True)
+    return Place(name, kind, os.path.join(parent, last), new=True)
 
 
-def _check_directory(name: str, path: str, status: os.stat_result) -> None:
+def _standard_output() -> Place:
+    if os.isatty(1):
+        raise UsageError("standard output is a terminal: redirect it to a file or a program")
+    if fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise UsageError("standard output is closed: redirect it to a file or a program")
+    return Place("standard output", Kind.STREAM, STANDARD_OUTPUT)
+
+
+def _check_directory(name: str, path: str, status: os.stat_result, replace: bool) -> bool:
+    """Returns whether there is something in it that is to be replaced: files as a split makes them
+    and no others, since all else would be lost too."""
     try:
-        if os.listdir(path):
-            raise UsageError(f"{shown(name)} is not empty: give a directory that is, or none")
+        found = sorted(os.scandir(path), key=lambda entry: entry.name)
     except OSError as e:
         raise UsageError(f"cannot look into {shown(name)}: {reason(e)}") from e
+    for entry in found:
+        ours = entry.name.endswith(ENDING) and entry.is_file(follow_symlinks=False)
+        if replace and not ours:
+            raise UsageError(
+                f"{shown(name)} is not replaced, since {shown(entry.name)} in it is no overlay: "
+                f"give a directory that is absent or empty"
+            )
+    if found and not replace:
+        raise UsageError(
+            f"{shown(name)} is not empty: give a directory that is, or none, or add --force to "
+            f"replace the overlays in it"
+        )
     if inode(status) == inode(os.stat(".")):
         # It will be another directory of this name, and whoever is in this one is in none.
         raise UsageError(
             f"{shown(name)} is the current directory: give a name in it, or go elsewhere"
         )
+    return bool(found)
 
 
 def _check_device(name: str, path: str) -> None:
@@ -188,8 +230,29 @@ def _check_other_uri(files: Iterable[Storage], uri: str) -> None:
             raise UsageError(f"{shown(file.path)} is being copied, it cannot be the target")
 
 
+def _check_other_stream(files: Iterable[Storage], path: str) -> None:
+    """What is redirected may be a file or a device."""
+    status = os.fstat(1) if path == STANDARD_OUTPUT else os.stat(path)
+    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        ensure_apart("/proc/self/fd/1", files, "standard output")
+
+
+def _check_not_inside(files: Iterable[Storage], directory: str, name: str) -> None:
+    there = {inode(entry.stat()) for entry in os.scandir(directory)}
+    for file in files:
+        if file.inode in there:
+            raise UsageError(
+                f"{shown(file.path)} is being copied and lies in {shown(name)}: give another target"
+            )
+
+
 def _kind(mode: int) -> Kind | None:
-    kinds = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFBLK: Kind.DEVICE}
+    kinds = {
+        stat.S_IFREG: Kind.FILE,
+        stat.S_IFDIR: Kind.DIRECTORY,
+        stat.S_IFBLK: Kind.DEVICE,
+        stat.S_IFIFO: Kind.STREAM,
+    }
     return kinds.get(stat.S_IFMT(mode))
 
 

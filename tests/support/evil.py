@@ -6,11 +6,13 @@
 read.  ``when``: only while that file is there.  ``where``: in these ranges alone.
 """
 
+import itertools
 import os
 import random
 
 API_VERSION = 2
 _keys = {}
+_reads = itertools.count()
 
 
 def config(key, value):
@@ -43,7 +45,7 @@ def _ranges(size):
 
 def _flips(size):
     """(offset, bit) of each."""
-    rng = random.Random() if "rays" in _keys else random.Random(_keys["seed"])
+    rng = random.Random(f"{_keys['seed']} {next(_reads) if 'rays' in _keys else 0}")
     ranges = _ranges(size)
     for _ in range(int(_keys["bits"])):
         begin, end = rng.choice(ranges)

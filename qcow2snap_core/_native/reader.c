@@ -11,9 +11,8 @@
 
 enum { FEW = 8, MOST_CONTENT = 17 << 10, MOST_LAYERS = 256 };
 
-/* What the file says while the snapshot is there (TableFingerprint): the header's bytes, the table's
- * and the header's again, to be read in this order after the data was.  No length: nothing to
- * compare. */
+/* What the file holds while the snapshot is there (TableFingerprint): header, table, header again,
+ * to be compared in this order after the data was read.  No length: nothing to compare. */
 typedef struct {
     struct part {
         const char *content;
@@ -105,8 +104,9 @@ static PyObject *reader_expect(reader *self, PyObject *pieces) {
     proof next = { .owner = NULL };
     struct part *p = next.parts;
     if (pieces != Py_None) {
-        if (!PyArg_ParseTuple(pieces, "|(y#K)(y#K)(y#K)", &p[0].content, &p[0].length, &p[0].offset,
-                &p[1].content, &p[1].length, &p[1].offset, &p[2].content, &p[2].length, &p[2].offset))
+        if (!PyArg_ParseTuple(pieces, "|(y#K)(y#K)(y#K)", &p->content, &p->length, &p->offset,
+                &p[1].content, &p[1].length, &p[1].offset, &p[2].content, &p[2].length,
+                &p[2].offset))
             return NULL;
         next.owner = Py_NewRef(pieces);
     }

@@ -75,7 +75,7 @@ test: lint check
 
 TESTS ?= tests
 # What a read gives must not depend on the engine: these run once more without the native one.
-READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_raw.py tests/image/test_clusters.py \
+READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_fileobject.py tests/image/test_clusters.py \
 	tests/e2e/test_matrix.py tests/e2e/test_disks.py tests/e2e/test_read_errors.py \
 	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
 	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py

@@ -14,7 +14,7 @@ from ..transfer.compressors import COMPRESSIONS
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, open_from
-from .running import warn
+from .streams import warn
 
 HELP = "copy an image with all its snapshots, and nothing else"
 EXAMPLE = "qcow2snap compact disk.qcow2 small.qcow2"

@@ -23,15 +23,14 @@ from ..image.disk import Disk
 from ..image.image import Image
 from ..serve.exports import VM_STATE
 from ..storage.libnbd import without_secrets
-from ..transfer.backup import copy
-from ..transfer.bases import Base
 from ..transfer.compressors import COMPRESSIONS
+from ..transfer.copy import copy
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
+from ..transfer.updates import Base
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
-from .running import warn
-from .streams import OUTPUT_NAMES
+from .streams import OUTPUT_NAMES, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"

@@ -13,7 +13,7 @@ from ..transfer.chains import JOIN_TARGETS, join
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, open_from
-from .running import warn
+from .streams import warn
 
 HELP = "an external chain to one image with internal snapshots"
 EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ..errors import ImageError, UsageError, escaped, shown
 from ..format.choosing import Choice, choose
-from ..format.entries import oddities
+from ..format.oddities import oddities
 from ..format.snapshot_table import Table
 from ..format.snapshots import Snapshot, date
 from ..image.image import Image

@@ -18,7 +18,7 @@ from ..transfer.chains import SPLIT_TARGETS, split
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, open_from
-from .running import warn
+from .streams import warn
 
 HELP = "internal snapshots to an external chain"
 EXAMPLE = "qcow2snap split disk.qcow2 chain/"

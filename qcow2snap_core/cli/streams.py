@@ -77,3 +77,8 @@ def give_up_output() -> None:
 def failed(e: OSError) -> str:
     """What to say of an error of the system that nobody has put into words before."""
     return f"{escaped(str(e.filename))}: {reason(e)}" if e.filename else reason(e)
+
+
+def warn(message: str) -> None:
+    """Say something that does not keep a command from doing its work."""
+    say(f"warning: {message}")

@@ -5,7 +5,7 @@ It is in a process group of its own: Ctrl-C reaches only this program, which the
 order.  Should this program be killed, the kernel ends it.
 
 For the filesystem in the disk, nbdfuse's directory is a temporary one.  As soon as the program
-that reads the filesystem (:mod:`.filesystems`) has opened the disk, that directory is detached
+that reads the filesystem (:mod:`.readers`) has opened the disk, that directory is detached
 and removed: the disk lives on without a name, until it is closed, and nothing of it can be left.
 """
 
@@ -27,8 +27,8 @@ from ..errors import StorageError, UsageError, escaped, shown
 from ..format.snapshots import Snapshot
 from ..image.image import Image
 from ..util.interrupts import raise_if_interrupted, wait_for
-from .filesystems import prepare, reader
 from .nbdkit import keys, missing, nbdkit_to_run
+from .readers import prepare, reader
 
 FILE: Final = "disk"
 

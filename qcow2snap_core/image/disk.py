@@ -23,8 +23,8 @@ from .tablereader import TableReader
 
 if TYPE_CHECKING:
     from ..format.snapshots import Identity
+    from .fileobject import RawDisk
     from .layers import Layer
-    from .raw import RawDisk
 
 # A client that asks to have data prefetched need not get all of it.
 _MOST_PREFETCHED: Final = 32 << 20
@@ -153,7 +153,7 @@ class Disk:
 
     def raw(self) -> RawDisk:
         """The disk as a seekable, read-only file object."""
-        from .raw import RawDisk
+        from .fileobject import RawDisk
 
         return RawDisk(self)
 

@@ -6,12 +6,13 @@ import os
 import warnings
 from collections.abc import Callable
 
-from ..transfer import backup, chains
+from ..transfer import chains
 from ..transfer import compact as whole_image
-from ..transfer.bases import Base
+from ..transfer import copy as backup
 from ..transfer.compressors import COMPRESSIONS
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..transfer.updates import Base
 from ..typed import Final, NamedTuple
 from ..util.progress import silent
 from . import arguments

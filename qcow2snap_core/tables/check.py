@@ -17,15 +17,15 @@ from contextlib import suppress
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from ..format.entries import oddities
+from ..format.oddities import oddities
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.guard import Guard, Unguarded
 from ..image.image import Image
-from .audit import RefcountAudit
 from .claims import Claims
 from .findings import ACTIVE, BAD_TABLE, Finding, Findings, Owner, TooManyError
 from .l2tables import Tables
+from .refcount_audit import RefcountAudit
 from .tally import Uses
 
 

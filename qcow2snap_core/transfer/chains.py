@@ -31,9 +31,9 @@ from ..storage.libnbd import is_uri
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
 from ..util.progress import Bar, progress
-from .engine import Plan, RawSource, transfer, whole
 from .job import Warn, warn_of_encryption
 from .judge import ENDING, Kind, Place
+from .mover import Plan, RawSource, transfer, whole
 from .outputs import output, permissions, private, publish
 from .qemu import create, options_like, qemu_img, writable
 from .room import check_room

@@ -32,9 +32,9 @@ from ..util.progress import Advance, progress
 from .chains import check_local, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier, Stretch
-from .engine import whole
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
+from .mover import whole
 from .newimage import NewImage, Shape
 from .outputs import output, permissions
 from .room import check_space

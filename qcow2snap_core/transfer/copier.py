@@ -24,7 +24,7 @@ from ..image.mapping import COMPRESSED, UNALLOCATED, ZERO
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
 from .compressors import Compressor, compressor
-from .engine import THREADS
+from .mover import THREADS
 from .newimage import NewImage, Shape
 
 _BATCH: Final = 2 << 20  # bytes that are read at once, or a cluster

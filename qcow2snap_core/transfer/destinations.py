@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from ..errors import UsageError, shown
-from .bases import Base
-from .existing import Device, Export
-from .files import FileInPlace, NewFile, UpdatedFile
+from .devices import Device, Export
 from .job import Job
 from .judge import ENDING, STANDARD_OUTPUT, Kind, Place, judge
 from .qcow2file import Qcow2File
+from .rawfile import FileInPlace, NewFile, UpdatedFile
 from .streams import Stream
+from .updates import Base
 
 FORMATS: Final = ("raw", "qcow2")
 

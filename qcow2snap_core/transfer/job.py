@@ -15,7 +15,7 @@ from ..image.image import Image
 from ..storage.libnbd import is_uri
 from ..tables.diff import changes, unchanged
 from ..util.progress import progress
-from .engine import THREADS, THREADS_REMOTE, Plan, count, transfer, whole
+from .mover import THREADS, THREADS_REMOTE, Plan, count, transfer, whole
 from .outputs import permissions
 from .records import Record, held
 from .targets import Target

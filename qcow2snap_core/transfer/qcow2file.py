@@ -12,13 +12,13 @@ from ..errors import UsageError, shown
 from ..image.extents import ALLOCATED, Extent, merged
 from ..image.opener import Options
 from ..util.progress import progress
-from .bases import keep_beside
-from .engine import PIECE, transfer, whole
 from .job import Job
 from .judge import Place
+from .mover import PIECE, transfer, whole
 from .outputs import output
 from .qemu import create, options_like, qemu_img, writable
 from .room import check_room
+from .updates import keep_beside
 from .verify import State, Written, images
 
 _SECTOR: Final = 512

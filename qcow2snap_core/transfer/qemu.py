@@ -16,7 +16,7 @@ from typing import IO, Any, Final
 from ..errors import StorageError, UsageError, escaped
 from ..format.header import Header
 from ..util.interrupts import raise_if_interrupted
-from .engine import THREADS
+from .mover import THREADS
 from .targets import NbdTarget
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"

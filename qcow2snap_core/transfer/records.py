@@ -1,4 +1,4 @@
-"""What a copy knows of itself: which snapshot it holds.  :mod:`.bases` keeps and asks it.
+"""What a copy knows of itself: which snapshot it holds.  :mod:`.updates` keeps and asks it.
 
 ``copy --since OLD NEW`` writes only what changed, so on anything but a copy of OLD it makes a disk
 that never was.  Therefore a file that was copied carries a record, and an update asks it first, as

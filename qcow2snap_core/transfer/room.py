@@ -9,7 +9,7 @@ from ..errors import UsageError, shown
 from ..image.extents import ALLOCATED, merged
 from ..util.interrupts import raise_if_interrupted
 from ..util.units import binary
-from .engine import Plan
+from .mover import Plan
 
 
 def check_space(directory: str, needed: int, what: str) -> None:

@@ -23,9 +23,9 @@ from typing import Final
 from ..errors import StorageError, UsageError, reason, shown
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import progress
-from .engine import ordered
 from .job import Job
 from .judge import STANDARD_OUTPUT, Place
+from .mover import ordered
 
 _WRITE: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _PIPE_SIZE: Final = 1 << 20  # what an unprivileged user may have

@@ -26,7 +26,7 @@ class Target(Protocol):
     """Where bytes go to.  Its methods raise StorageError."""
 
     size: int  # bytes
-    foreign: bool  # another program writes: :mod:`.engine` keeps zeros and data apart
+    foreign: bool  # another program writes: :mod:`.mover` keeps zeros and data apart
     fd: int | None  # a file that the kernel can copy into, if it is one
 
     def write(self, view: memoryview, offset: int) -> None:

@@ -26,7 +26,7 @@ from ..tables.diff import changes
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from ..util.workers import spread
-from .engine import PIECE, THREADS, Plan, Source, cut
+from .mover import PIECE, THREADS, Plan, Source, cut
 
 _ZEROS: Final = bytes(PIECE)
 

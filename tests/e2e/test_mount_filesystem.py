@@ -14,7 +14,7 @@ from support.qemu import MiB
 from support.running import eventually, processes_with, started, until
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.host.filesystems import reader
+from qcow2snap_core.host.readers import reader
 
 SIZE = 8 * MiB
 

@@ -9,9 +9,9 @@ import pytest
 
 from qcow2snap_core.errors import UsageError
 from qcow2snap_core.transfer.destinations import new_copy, update
-from qcow2snap_core.transfer.existing import Export
-from qcow2snap_core.transfer.files import FileInPlace, NewFile, UpdatedFile
+from qcow2snap_core.transfer.devices import Export
 from qcow2snap_core.transfer.qcow2file import Qcow2File
+from qcow2snap_core.transfer.rawfile import FileInPlace, NewFile, UpdatedFile
 from qcow2snap_core.transfer.streams import Stream
 
 

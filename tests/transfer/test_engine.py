@@ -11,7 +11,7 @@ import pytest
 
 from qcow2snap_core.errors import StorageError
 from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
-from qcow2snap_core.transfer.engine import PIECE, _blocks, cut, ordered
+from qcow2snap_core.transfer.mover import PIECE, _blocks, cut, ordered
 
 GiB = 1 << 30
 

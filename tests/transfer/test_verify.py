@@ -16,7 +16,7 @@ from qcow2snap_core.image.extents import HOLE_ZERO
 from qcow2snap_core.image.layers import RawLayer
 from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.storage.blockdevice import BlockDevice
-from qcow2snap_core.transfer.engine import RawSource, whole
+from qcow2snap_core.transfer.mover import RawSource, whole
 from qcow2snap_core.transfer.verify import Differs, State, Written, compare, images
 
 SIZE = 5 * MiB + 512

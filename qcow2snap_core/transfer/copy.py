@@ -13,8 +13,8 @@ from ..image.disk import Disk
 from ..image.image import Image
 from ..util.units import binary
 from .destinations import Destination
-from .engine import Amount
 from .job import Job, Warn, warn_of_encryption
+from .mover import Amount
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from ..errors import Error, UsageError, shown
 from ..image.layers import RawLayer
 from ..storage.libnbd import without_secrets
 from ..storage.local import open_storage
-from .bases import Base, no_record
-from .engine import THREADS, RawSource
 from .job import Job
 from .judge import Place
+from .mover import THREADS, RawSource
 from .targets import NbdTarget, Target, open_device
+from .updates import Base, no_record
 from .verify import Readable
 
 

@@ -6,7 +6,7 @@ for two, the old file is written into instead.  An update in place that was inte
 old and some new ranges: it is completed by repeating it, since it writes the same ranges again.
 
 A file keeps a record of what it holds, and is asked for it before an update; one without is
-compared, or trusted (:mod:`.bases`).
+compared, or trusted (:mod:`.updates`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..errors import UsageError, reason, shown
 from ..image.layers import RawLayer
 from ..storage.local import open_storage
 from ..util.progress import progress
-from .bases import Base, check_base, keep, keep_beside, keep_in
-from .engine import RawSource, count, transfer
-from .existing import partly_written
+from .devices import partly_written
 from .job import Job
 from .judge import Place
+from .mover import RawSource, count, transfer
 from .outputs import output
 from .records import Record, held
 from .room import check_space
 from .targets import RawTarget
+from .updates import Base, check_base, keep, keep_beside, keep_in
 
 _FICLONE: Final = 0x40049409  # linux/fs.h: let the files share their blocks
 

@@ -6,9 +6,9 @@ VENV := .venv
 FUZZ := build/fuzz
 RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
-SOURCES := plugin qcow2snap_core tests benchmarks
+SOURCES := plugin qcow2snap_core examples tests benchmarks
 
-.PHONY: help demo test test-live compare-live check bench lint format deps deps-test
+.PHONY: help demo test test-live compare-live check bench lint format deps deps-all deps-test
 .PHONY: mutants differential fuzz native install uninstall deb rpm clean
 
 help:
@@ -30,16 +30,21 @@ help:
 	@echo "make format          let ruff format the sources"
 	@echo "make native          compile the native engine in place; make deps does it too"
 	@echo "make deps            install the system packages that serving needs (apt or dnf)"
+	@echo "make deps-all        the same, and everything optional"
 	@echo "make deps-test       the same for the tests"
 	@echo "make install         plugin, package, command, man pages and completion, for the system;"
 	@echo "                     PREFIX=/usr/local (or /usr) and DESTDIR= say where"
 	@echo "make uninstall       remove what it installed"
-	@echo "make deb             a Debian package in build/, with debhelper"
-	@echo "make rpm             an RPM package in build/, with rpmbuild"
+	@echo "make deb             a Debian package in build/; installs what builds it (debhelper)"
+	@echo "make rpm             an RPM package in build/; installs what builds it (rpmbuild)"
 	@echo "make clean           remove what these targets made, but no system package"
 
 deps:
 	@packaging/install-deps run
+	@$(MAKE) -s native
+
+deps-all:
+	@packaging/install-deps all
 	@$(MAKE) -s native
 
 deps-test:
@@ -121,7 +126,7 @@ format: $(VENV)/ready
 
 PREFIX ?= /usr/local
 # Exported only if they are set: packaging/install finds out what they are here.
-export PREFIX DESTDIR PLUGINDIR PYTHONDIR NBDKIT PYTHON
+export PREFIX DESTDIR PLUGINDIR PYTHONDIR ZSHDIR NBDKIT PYTHON
 install:
 	@packaging/install install
 
@@ -130,6 +135,7 @@ uninstall:
 
 # A package is built from a copy, so that its tools leave nothing in the tree.
 deb rpm:
+	@packaging/install-deps $@
 	@packaging/build $@
 
 clean:

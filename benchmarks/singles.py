@@ -117,8 +117,8 @@ def _environment(wanted: dict[str, str]) -> Iterator[None]:
 _GUARD = """
 import random, sys, time
 sys.path.insert(0, sys.argv[1])
-import qcow2snap_core
-with qcow2snap_core.open(sys.argv[2]) as image:
+from qcow2snap_core.image.opener import open_image
+with open_image(sys.argv[2]) as image:
     disks = image.snapshot(sys.argv[3]), image.active_disk()
     offsets = [random.randrange(disks[0].size >> 12) << 12 for _ in range(2000)]
     buffer, least = bytearray(4096), [10**9, 10**9]

@@ -17,13 +17,14 @@ _checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isdir(os.path.join(_checkout, "qcow2snap_core")):
     sys.path.insert(0, _checkout)
 
-from qcow2snap_core import Image, UsageError, __version__  # noqa: E402
+from qcow2snap_core import __version__  # noqa: E402
 from qcow2snap_core._native.loaded import ENGINE, MISSING  # noqa: E402
-from qcow2snap_core.decode import codecs, encryption  # noqa: E402
-from qcow2snap_core.errors import shown  # noqa: E402
+from qcow2snap_core.decode import codecs  # noqa: E402
+from qcow2snap_core.errors import UsageError, shown  # noqa: E402
 from qcow2snap_core.format.choosing import choose  # noqa: E402
 from qcow2snap_core.format.snapshots import Snapshot  # noqa: E402
 from qcow2snap_core.image.disk import Disk  # noqa: E402
+from qcow2snap_core.image.image import Image  # noqa: E402
 from qcow2snap_core.serve.exports import Export, default, exports_of, find  # noqa: E402
 from qcow2snap_core.serve.malloc import share_heaps  # noqa: E402
 from qcow2snap_core.serve.settings import Settings  # noqa: E402
@@ -84,6 +85,8 @@ _preloading.daemon = True
 
 
 def dump_plugin():
+    from qcow2snap_core.decode import encryption
+
     print(f"qcow2snap_version={__version__}")
     print(f"qcow2snap_native={'no' if ENGINE is None else 'yes'}")
     for codec, there in {**codecs.available(), "luks": encryption.available()}.items():

@@ -4,18 +4,21 @@
 >>> with qcow2snap_core.open("disk.qcow2") as image:
 ...     for snapshot in image.snapshots:
 ...         print(snapshot.id, snapshot.name)
-...     disk = image.snapshot("nightly")
+...     disk = image.open("nightly")
 ...     first_sector = disk.pread(512, 0)
 1 weekly
 2 nightly
 
-The whole of it is in docs/library.md.
+``__all__`` is all that is public, and docs/library.md describes it; the modules below are not.
+Each name is imported when it is first used: importing the package costs next to nothing, and the
+plugin, which uses the modules themselves, pays for none of this.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+
+from .typed import TYPE_CHECKING
 
 # As python3 -m qcow2snap_core, which imports this first: Ctrl-C is not to end in a traceback.
 if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
@@ -23,53 +26,59 @@ if sys.argv[:1] == ["-m"] and "qcow2snap_core" in sys.orig_argv:
 
     default()
 
-from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
-from .format.snapshots import Snapshot
-from .image.disk import Disk
-from .image.extents import Extent
-from .image.image import Image
-from .image.opener import Options, open_image
+if TYPE_CHECKING:
+    from .errors import Error, ImageError, SnapshotGone, StorageError, UsageError
+    from .library.analysis import Finding, changes, check, exclusive_sizes
+    from .library.conversion import Copied, copy, join, split
+    from .library.disk import Disk, Extent
+    from .library.image import Image, open  # noqa: A004 (the name that users expect: gzip.open)
+    from .library.snapshot import Snapshot
 
 __version__ = "0.9.0"
 
 __all__ = [
+    "Copied",
     "Disk",
     "Error",
     "Extent",
+    "Finding",
     "Image",
     "ImageError",
     "Snapshot",
     "SnapshotGone",
     "StorageError",
     "UsageError",
+    "__version__",
+    "changes",
+    "check",
+    "copy",
+    "exclusive_sizes",
+    "join",
     "open",
+    "split",
 ]
 
+_HOMES = {
+    "errors": ("Error", "ImageError", "SnapshotGone", "StorageError", "UsageError"),
+    "library.analysis": ("Finding", "changes", "check", "exclusive_sizes"),
+    "library.conversion": ("Copied", "copy", "join", "split"),
+    "library.disk": ("Disk", "Extent"),
+    "library.image": ("Image", "open"),
+    "library.snapshot": ("Snapshot",),
+}
 
-def open(  # noqa: A001 (the name that users expect, as of gzip.open)
-    path: str,
-    *,
-    allow_dirs: Iterable[str] = (),
-    allow_files: Iterable[str] = (),
-    backing_format: str | None = None,
-    passphrase: str | bytes | None = None,
-    l2_cache_size: int = Options().l2_cache_size,
-    cluster_cache_size: int = Options().cluster_cache_size,
-) -> Image:
-    """Open a qcow2 image; the keywords mean what the plugin's keys mean.  Sizes in bytes; the
-    passphrase is the secret itself.
 
-    Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read.
-    """
-    passphrases = {}
-    if passphrase is not None:
-        passphrases[0] = passphrase.encode() if isinstance(passphrase, str) else passphrase
-    options = Options(
-        tuple(allow_dirs),
-        backing_format,
-        passphrases,
-        l2_cache_size,
-        cluster_cache_size,
-        allow_files=tuple(allow_files),
-    )
-    return open_image(path, options)
+if not TYPE_CHECKING:  # to which a misspelt name would then be an object
+
+    def __getattr__(name):
+        for home, names in _HOMES.items():
+            if name in names:
+                from importlib import import_module
+
+                found = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

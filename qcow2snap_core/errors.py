@@ -17,7 +17,7 @@ class Error(Exception):
     """The base of all errors that this package raises on purpose; ``str()`` is one line."""
 
     #: What the lowest layer said, which the ones above repeat: 200 names would fill a log.
-    located: str | None = None
+    _located: str | None = None
 
 
 class UsageError(Error):
@@ -34,6 +34,10 @@ class StorageError(Error):
 
 class SnapshotGone(ImageError):
     """The snapshot that was served has been deleted; nothing of it can be read any more."""
+
+
+for _kind in (Error, UsageError, ImageError, StorageError, SnapshotGone):
+    _kind.__module__ = "qcow2snap_core"  # where users find them, and what a traceback is to say
 
 
 def shown(text: str | bytes, most: int = MOST_SHOWN) -> str:

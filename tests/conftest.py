@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+pytest_plugins = ["support.space"]
+
 # In the background of a shell without job control (`make test &`) Ctrl-C is ignored, by whatever
 # is started from here too; but what it does is tested.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

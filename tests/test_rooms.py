@@ -11,7 +11,7 @@ PACKAGE = Path(qcow2snap_core.__file__).parent
 # From the top down; what stands together has no business with each other.
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "library"},
     {"transfer", "host", "serve"},
     {"tables"},
     {"image"},

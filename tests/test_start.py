@@ -34,6 +34,8 @@ HEAVY = {
     "typing",
     "urllib.parse",
     "zstandard",
+    "qcow2snap_core.decode.encryption",
+    "qcow2snap_core.image.layers",
 }
 
 # Imported a second after the first client came, which a busy machine may make part of the start.

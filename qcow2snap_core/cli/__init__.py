@@ -35,6 +35,7 @@ COMMANDS = (
     "join",
     "mount",
     "serve",
+    "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
@@ -111,9 +112,9 @@ def _fail(message: str) -> int:
 def _needed(argv: Sequence[str]) -> Sequence[str]:
     """The commands whose modules a command line takes: to import all of them takes longer than
     most commands, and only help and complaints are about all."""
-    if argv[:1] == ["--version"]:
+    if argv[:1] in (["--version"], ["-V"]):
         return ()
-    return argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+    return argv[:1] if argv and argv[0] in COMMANDS and argv[0] != "help" else COMMANDS
 
 
 def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -123,7 +124,7 @@ def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     )
     engine = "no" if ENGINE is None else "yes"
     version = f"qcow2snap {__version__} (native engine: {engine})"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in names:
         module = importlib.import_module(f".{name}", __name__)
@@ -135,5 +136,5 @@ def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parsers=commands.choices, whole=parser)
     return parser

@@ -1,6 +1,7 @@
 """Read all metadata and report what is out of bounds, overlapping or not counted, of everything or
 of what concerns one snapshot.  Nothing is changed, and nobody should be writing to the image.  The
-status is 0 if it is clean, 3 if it is damaged, 1 if it could not be checked."""
+status is 0 if nothing is damaged, though clusters may be leaked, 3 if something is damaged, 1 if it
+could not be checked."""
 
 from __future__ import annotations
 
@@ -47,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"{f.problem}: {f.message}{_whose(f)}")
     if len(findings) >= MOST:
         say(f"stopped after {MOST} findings")
-    return DAMAGED if findings else 0
+    if any(f.is_damage for f in findings):
+        return DAMAGED
+    if not args.json:
+        whose = f" that concerns {shown(chosen.name or chosen.id)}" if chosen else ""
+        print(f"no damage found{whose}")
+    return 0
 
 
 _MOST_IDS: Final = 50  # in a line
@@ -62,7 +68,4 @@ def _whose(finding: Finding) -> str:
 
 
 def _object(finding: Finding) -> dict[str, object]:
-    found = finding._asdict()
-    if finding.host is None:
-        del found["host"]
-    return found
+    return {key: value for key, value in finding._asdict().items() if value is not None}

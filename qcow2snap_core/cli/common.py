@@ -16,9 +16,9 @@ from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
+from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
-
-ACTIVE: Final = "@active"
+from ..util.wording import COMMAND, passphrase_key
 
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
@@ -78,8 +78,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
     for name, value in vars(args).items():
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
-            key = f"--passphrase.{layer}" if layer else "--passphrase"
-            passphrases[layer] = read_passphrase(key, value)
+            passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -87,6 +86,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        words=COMMAND,
     )
     return open_image(args.file, options)
 
@@ -133,14 +133,3 @@ def map_line(extent: Extent) -> str:
     """A line of ``nbdinfo --map``."""
     offset, length, kind = extent
     return f"{offset:10}  {length:10}  {kind:3}  {WORDS[kind]}"
-
-
-def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Rows in aligned columns, the first being the titles; ``right`` are columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())

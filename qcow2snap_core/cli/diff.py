@@ -1,12 +1,16 @@
 """List what a backup made at OLD must copy to become NEW: offset, length and type of what may
 differ, type 0 for data and 3 for what is zero now.  It comes from the tables, no data is read.
-NEW may be @active, if nobody writes to the image."""
+NEW may be @active, if nobody writes to the image. On a terminal the last line has the totals."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
 
+from ..image.extents import ALLOCATED, HOLE_ZERO
 from ..tables.diff import changes
+from ..util.units import binary
 from .common import add_image_options, disk_named, map_line, open_from, print_json
 
 HELP = "what changed from one snapshot to another"
@@ -23,10 +27,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with open_from(args, data=False) as image:
-        found = changes(disk_named(image, args.old), disk_named(image, args.new))
+        old, new = disk_named(image, args.old), disk_named(image, args.new)
+        extents = changes(old, new)
         if args.json:
-            print_json(extent._asdict() for extent in found)
+            print_json(extent._asdict() for extent in extents)
         else:
-            for extent in found:
+            sizes: Counter[int] = Counter()
+            for extent in extents:
                 print(map_line(extent))
+                sizes[extent.type] += extent.length
+            if sys.stdout.isatty():
+                print(
+                    f"{binary(sizes[ALLOCATED])} to copy, {binary(sizes[HOLE_ZERO])} now zero, "
+                    f"of {binary(new.size)}"
+                )
     return 0

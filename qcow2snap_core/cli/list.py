@@ -1,60 +1,79 @@
 """List the snapshots of an image, with the space that deleting each one would free: the clusters
-that neither another snapshot nor the active disk uses.
+that neither another snapshot nor the active disk uses. On a terminal long names are cut; columns
+in which nothing stands are left out.
 
 With --tree a strip for each shows which parts of the disk it shares with older and newer ones, and
-which are its own. The width is the terminal's."""
+which are its own. The width is the terminal's. With --free it is told what deleting several
+snapshots together frees, which is more than the sum where they share what nobody else has."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
-from ..errors import ImageError, escaped, shown
+from ..errors import ImageError, UsageError, escaped, shown
+from ..format.choosing import Choice, choose
 from ..format.entries import oddities
 from ..format.snapshot_table import Table
 from ..format.snapshots import Snapshot, date
 from ..image.image import Image
 from ..serve.exports import exports_of
+from ..tables.findings import ACTIVE
 from ..tables.sharing import picture
-from ..tables.space import exclusive_sizes
+from ..tables.space import Freed, exclusive_sizes, freed_together
 from ..util.units import binary
-from .common import ACTIVE, add_image_options, of_all, open_from, print_json, print_table
+from .common import add_image_options, of_all, open_from, print_json
+from .drawing import text
 from .streams import say
-from .strips import text
+from .text import cut, fitted, print_table, terminal_width
 
 HELP = "the snapshots, and the space that each takes alone"
 EXAMPLE = "qcow2snap list disk.qcow2"
 
 _TITLES = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE", "EXCLUSIVE")
 _NUMBERS = (2, 4, 5, 6, 7)
+_NAMES = (1, 0)
+_NOTHING: Final = {"0 B", "00:00:00.000", "0", ""}  # in a column that may go
+_MAY_GO = (2, 4, 5)
 _NARROWEST = 8  # of a strip, however long the names are
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
     form.add_argument("--tree", action="store_true", help="draw what each shares with the others")
+    form.add_argument("--names", action="store_true", help="a word for each that chooses it")
+    form.add_argument(
+        "--free",
+        metavar="SNAPSHOT,...",
+        action="append",
+        help="tell what deleting these together frees",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    parser.add_argument("--wide", action="store_true", help="all columns, and names in full")
+    parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json and (args.tree or args.names):
+        args.usage_error("--json goes without --tree and --names")
+    if args.wide and (args.json or args.tree or args.names or args.free):
+        args.usage_error("--wide goes with the plain list")
     with open_from(args, data=False, layers=False) as image:
-        if args.tree:
+        if args.names:
+            table = image.table()
+            _print_names(table)
+        elif args.tree:
             table = _print_tree(image)
-            sizes: list[int | None] = []
+        elif args.free:
+            table = _print_freed(image, args.free, args.json)
         else:
-            table, sizes = of_all(image, partial(exclusive_sizes, image))
+            table = _print_list(image, args.json, args.wide)
         odd = [wrong for _, wrong in oddities(table.snapshots, image.header)]
-    listed = list(zip(table.snapshots, sizes, strict=not args.tree))
-    if args.json:
-        names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
-        print_json(_object(s, size, names.get(id(s))) for s, size in listed)
-    elif listed:
-        print_table([_TITLES, *(_row(s, size) for s, size in listed)], _NUMBERS)
     if odd:
         more = f" (and {len(odd) - 1} more like this)" if len(odd) > 1 else ""
         say(
@@ -66,11 +85,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_list(image: Image, json: bool, wide: bool) -> Table:
+    table, sizes = of_all(image, partial(exclusive_sizes, image))
+    listed = list(zip(table.snapshots, sizes, strict=True))
+    if json:
+        names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
+        print_json(_object(s, freed, names.get(id(s))) for s, freed in listed)
+    elif listed:
+        rows: list[Sequence[str]] = [_TITLES, *(_row(s, freed) for s, freed in listed)]
+        gone = {i for i in _MAY_GO if not wide and {row[i] for row in rows[1:]} <= _NOTHING}
+        kept = [i for i in range(len(_TITLES)) if i not in gone]
+        if sys.stdout.isatty() and not wide:
+            columns = terminal_width()
+            rows[:] = fitted(rows, kept, _NAMES, columns)
+        right = [at for at, i in enumerate(kept) if i in _NUMBERS]
+        print_table([[row[i] for i in kept] for row in rows], right)
+    elif not table.damage:
+        say(f"{shown(image.path)} has no snapshots" + (f": {table.note}" if table.note else ""))
+    return table
+
+
+def _print_names(table: Table) -> None:
+    """For shells that complete them: so only what fits on a line and means one snapshot."""
+    for name, snapshot, vm_state in exports_of(table.snapshots):
+        if vm_state:
+            continue
+        if name.isprintable():
+            print(name)
+        elif snapshot.id.isprintable() and choose(table, Choice(snapshot.id), "") is snapshot:
+            print(snapshot.id)
+
+
 def _print_tree(image: Image) -> Table:
-    columns = shutil.get_terminal_size().columns
+    columns = terminal_width()
+    longest = max(columns // 3, _NARROWEST) if sys.stdout.isatty() else None
 
     def draw(snapshots: Sequence[Snapshot]) -> Iterator[str]:
         names = [(escaped(s.id), escaped(s.name)) for s in snapshots] + [("", ACTIVE)]
+        if longest is not None:
+            names = [(cut(id_, longest // 2), cut(name, longest)) for id_, name in names]
         ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
         rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
         width = columns - ids - tags - len("    ")
@@ -82,8 +135,52 @@ def _print_tree(image: Image) -> Table:
     return table
 
 
-def _object(s: Snapshot, exclusive: int | None, export: str | None) -> dict[str, Any]:
-    found = {
+def _print_freed(image: Image, words: Sequence[str], json: bool) -> Table:
+    def ask(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], Freed | None]:
+        chosen = _named(Table(tuple(snapshots), None), words, image.path)
+        return chosen, freed_together(image, snapshots, {s.identity for s in chosen})
+
+    table, (chosen, freed) = of_all(image, ask)
+    if json:
+        named: dict[str, Any] = {"snapshots": [s.id for s in chosen]}
+        print_json([named | _sizes("freed", freed)])
+        return table
+    if freed is None:
+        raise ImageError(f"{shown(image.path)} is damaged: qcow2snap check tells what is wrong")
+    state = f", {binary(freed.vm_state)} of it VM state" if freed.vm_state else ""
+    names = ", ".join(shown(s.name or s.id) for s in chosen)
+    together = " together" if len(chosen) > 1 else ""
+    print(f"deleting {names}{together} frees {binary(freed.size)}{state}")
+    return table
+
+
+def _named(table: Table, words: Sequence[str], path: str) -> list[Snapshot]:
+    """Those that the words name, separated by commas; a name may have commas in it itself.
+
+    Raises UsageError.
+    """
+    chosen_ids: dict[int, Snapshot] = {}
+    for word in words:
+        try:
+            chosen = [choose(table, Choice(word), path)]
+        except UsageError:
+            if "," not in word:
+                raise
+            chosen = [choose(table, Choice(part), path) for part in word.split(",") if part]
+        chosen_ids.update((id(s), s) for s in chosen)
+    return [s for s in table.snapshots if id(s) in chosen_ids]
+
+
+def _sizes(what: str, freed: Freed | None) -> dict[str, int | None]:
+    return {
+        f"{what}-size": None if freed is None else freed.size,
+        f"{what}-disk-size": None if freed is None else freed.disk,
+        f"{what}-vm-state-size": None if freed is None else freed.vm_state,
+    }
+
+
+def _object(s: Snapshot, exclusive: Freed | None, export: str | None) -> dict[str, Any]:
+    fields = {
         "id": s.id,
         "name": s.name,
         "vm-state-size": s.vm_state_size,
@@ -93,15 +190,15 @@ def _object(s: Snapshot, exclusive: int | None, export: str | None) -> dict[str,
         "vm-clock-nsec": s.vm_clock_nsec % 10**9,
         "icount": s.icount,
         "disk-size": s.disk_size,
-        "exclusive-size": exclusive,
+        **_sizes("exclusive", exclusive),
         "export": export,
     }
     if s.icount is None:
-        del found["icount"]
-    return found
+        del fields["icount"]
+    return fields
 
 
-def _row(s: Snapshot, exclusive: int | None) -> tuple[str, ...]:
+def _row(s: Snapshot, exclusive: Freed | None) -> tuple[str, ...]:
     seconds, millis = divmod(s.vm_clock_nsec // 10**6, 1000)
     return (
         escaped(s.id),
@@ -111,5 +208,5 @@ def _row(s: Snapshot, exclusive: int | None) -> tuple[str, ...]:
         f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{millis:03}",
         "" if s.icount is None else str(s.icount),
         binary(s.disk_size),
-        "?" if exclusive is None else binary(exclusive),
+        "?" if exclusive is None else binary(exclusive.size),
     )

@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from ..format.choosing import Choice, choose
+from ..format.choosing import Choice, choose, summary
 from ..image.disk import Disk
 from ..image.extents import Extent, MappedRange, joined
 from ..image.guard import confirmed
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
+from ..tables.findings import ACTIVE
 from ..tables.sharing import picture
 from .common import (
-    ACTIVE,
     WORDS,
     add_image_options,
     disk_named,
@@ -26,7 +26,7 @@ from .common import (
     open_from,
     print_json,
 )
-from .strips import svg
+from .drawing import svg
 
 HELP = "a snapshot's extents, and where in the file they are"
 EXAMPLE = "qcow2snap map disk.qcow2 nightly"
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
             _print_svg(image, args.snapshot)
         return 0
     if args.snapshot is None:
-        args.usage_error("the following arguments are required: SNAPSHOT")
+        with open_from(args, data=False, layers=False) as image:
+            there = summary(image.table().snapshots)
+        args.usage_error(f"name a SNAPSHOT, or {ACTIVE} for the active disk: {there}")
     with open_from(args, data=False) as image:
         ranges = _merged(disk_named(image, str(args.snapshot)))
         if args.json:
@@ -65,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_svg(image: Image, name: str | None) -> None:
-    table, found = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
+    table, drawn = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
     if name is not None:
         chosen = None
         if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in table.snapshots):
             chosen = choose(table, Choice(name), image.path).identity
-        found = found._replace(
-            strips=[s for s in found.strips if (s.snapshot and s.snapshot.identity) == chosen]
+        drawn = drawn._replace(
+            strips=[s for s in drawn.strips if (s.snapshot and s.snapshot.identity) == chosen]
         )
-    for line in svg(found, image.path):
+    for line in svg(drawn, image.path):
         print(line.encode("ascii", "xmlcharrefreplace").decode())
 
 

@@ -7,12 +7,12 @@ are never abbreviated, and an error names the option that is unknown or wrong, n
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import escaped
+from ..util.spelling import nearest
 from .streams import say
 
 _PASSPHRASE = re.compile(r"--(passphrase\.[1-9][0-9]{0,3})(?:=.*)?", re.ASCII | re.DOTALL)
@@ -35,10 +35,10 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
         if args is not None:
             args = self._with_values(args)
-        found, extra = super().parse_known_args(args, namespace)
+        parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
-        return found, extra
+        return parsed, extra
 
     def _with_values(self, args: Sequence[str]) -> list[str]:
         """An option whose value may be left out takes the next word only if it is such a value:
@@ -60,8 +60,10 @@ class Parser(argparse.ArgumentParser):
         if not options:
             self.error("more arguments than it takes")
         name = options[0] if options[0].startswith("--") else options[0][:2]
-        alike = difflib.get_close_matches(name, self._option_string_actions, 1)
-        self.error(f"unknown option {escaped(name)}" + (f" (is it {alike[0]}?)" if alike else ""))
+        meant = nearest(name, self._option_string_actions)
+        self.error(
+            f"unknown option {escaped(name)}" + (f" (did you mean {meant}?)" if meant else "")
+        )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

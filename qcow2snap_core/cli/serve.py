@@ -2,30 +2,56 @@
 
 Whatever follows FILE and SNAPSHOT is nbdkit's or the plugin's: options like -U SOCKET, -i ADDRESS,
 -f, --filter=NAME, and KEY=VALUE like allow-dir=DIR. Without any, nbdkit listens on all addresses
-and goes into the background."""
+and goes into the background. A snapshot whose name looks like one of these stands behind --."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..host.nbdkit import check_options, execute, nbdkit_to_run
+from ..serve.settings import is_key
 
 HELP = "serve snapshots over NBD, with nbdkit"
 EXAMPLE = "qcow2snap serve disk.qcow2 nightly -f -U /tmp/nightly.sock"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    # All in one, since argparse would take a "--" that stands behind FILE for itself.
+    parser.usage = "%(prog)s [-h] FILE [SNAPSHOT] [NBDKIT-OPTION...]"
     parser.add_argument(
-        "rest", nargs=argparse.REMAINDER, metavar="[SNAPSHOT] ...", help="and options for nbdkit"
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="FILE [SNAPSHOT] ...",
+        help="the qcow2 image, the ID or name of a snapshot, and options for nbdkit",
     )
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    rest: list[str] = args.rest
+    words: list[str] = args.words
+    if words[:1] == ["--"]:
+        del words[0]
+    if not words:
+        args.usage_error("the following arguments are required: FILE")
+    file, *rest = words
     snapshot = []
-    if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        snapshot = [f"snapshot={rest.pop(0)}"]
+    if rest[:1] == ["--"]:
+        del rest[0]
+        snapshot = rest[:1]
+    elif rest and not _is_for_nbdkit(rest[0], rest):
+        snapshot = rest[:1]
+    rest = rest[len(snapshot) :]
     check_options(rest)
-    execute([*nbdkit_to_run(), f"file={args.file}", *snapshot, *rest])
+    chosen = [f"snapshot={name}" for name in snapshot]
+    execute([*nbdkit_to_run(), f"file={file}", *chosen, *rest])
     return 0
+
+
+def _is_for_nbdkit(word: str, words: list[str]) -> bool:
+    """Whether the word behind FILE is no snapshot: an option, a key of the plugin, or where there
+    are filters, whose keys only they know, any KEY=VALUE."""
+    if word.startswith("-"):
+        return True
+    key, equals, _ = word.partition("=")
+    filters = any(w.startswith("--filter") for w in words)
+    return bool(equals) and (filters or is_key(key))

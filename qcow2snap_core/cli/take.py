@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import shown
 from ..host.take import take
 from ..util.interrupts import deferred
+from .streams import say
 
 HELP = "ask a running QEMU for a snapshot"
 EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightly"
@@ -26,7 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOCKET",
         help="the guest agent's socket: freeze the guest's filesystems meanwhile",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="the snapshot's name")
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="the snapshot's name; what is before it names devices",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,5 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
     with deferred():  # the guest must be thawed in any case
         for taken in take(args.qmp, [*args.device, *more], name, args.agent):
-            print(taken.command())
+            command = taken.command()
+            if command is not None:
+                print(command)
+            else:
+                say(
+                    f"the snapshot {shown(name)} of {shown(taken.device)} was taken, but where "
+                    f"QEMU has {shown(taken.file)} is not known: {taken.unknown}"
+                )
     return 0

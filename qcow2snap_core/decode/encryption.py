@@ -32,16 +32,16 @@ class Encryption(NamedTuple):
 
 
 def open_encryption(
-    storage: Storage, header: Header, passphrase: bytes | None, key: str
+    storage: Storage, header: Header, passphrase: bytes | None, advice: str
 ) -> Encryption | None:
-    """The encryption of an image, or None.  ``key`` is what the user would call the passphrase.
+    """The encryption of an image, or None.  ``advice`` is how the user gives the passphrase.
 
     Raises UsageError for a passphrase that is missing or wrong, ImageError for a damaged header.
     """
     if header.crypt_method == q.CRYPT_NONE:
         return None
     if passphrase is None:
-        raise UsageError(f"{shown(storage.path)} is encrypted: add {key}=+FILE or another form")
+        raise UsageError(f"{shown(storage.path)} is encrypted: add {advice}")
     try:
         from . import luks
         from .ciphers import CbcSectors, Plain

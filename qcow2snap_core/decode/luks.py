@@ -131,7 +131,7 @@ def open_luks(area: bytes, passphrase: bytes, path: str) -> SectorCipher:
         )
         if digest == h.mk_digest:
             return cipher.make(key)
-    raise UsageError(f"{shown(path)}: the passphrase does not open it: give another passphrase=")
+    raise UsageError(f"{shown(path)}: the passphrase does not open it: give another one")
 
 
 def _parse_cipher(name: str, mode_spec: str, key_bytes: int) -> _Cipher | str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import UsageError, escaped, shown
 from ..typed import Final, NamedTuple
+from ..util.spelling import nearest
 from .snapshot_table import Table
 from .snapshots import Snapshot
 
@@ -16,6 +17,11 @@ class Choice(NamedTuple):
     either: str | None = None  # an ID, else a name
     id: str | None = None
     name: str | None = None
+
+    @property
+    def word(self) -> str:
+        """What was typed of it, in full or most of it."""
+        return next(part for part in (self.name, self.either, self.id) if part is not None)
 
     def __str__(self) -> str:
         parts = {"": self.either, "with the ID ": self.id, "named ": self.name}
@@ -38,9 +44,16 @@ def choose(table: Table, choice: Choice, path: str) -> Snapshot:
         return matching[0]
     damaged = f" (its snapshot table is damaged: {table.damage})" if table.damage else ""
     note = f" ({table.note})" if table.note else ""
+    meant = did_you_mean(choice.word, table.snapshots)
     raise UsageError(
-        f"no snapshot {choice} in {shown(path)}{damaged}: {summary(table.snapshots)}{note}"
+        f"no snapshot {choice} in {shown(path)}{damaged}: {meant}{summary(table.snapshots)}{note}"
     )
+
+
+def did_you_mean(word: str, snapshots: Sequence[Snapshot]) -> str:
+    """``did you mean 'nightly'? ``, if there is something like it."""
+    name = nearest(word, (s.name for s in snapshots))
+    return "" if name is None else f"did you mean {shown(name)}? "
 
 
 _BRIEF: Final = 255  # characters of a name in a list; QEMU itself makes no longer one

@@ -19,7 +19,7 @@ class Layout:
     """A structure: its fields in their order, big-endian and without gaps.
 
     This and not a construct.Struct for what is read at every start of a server: to import construct
-    takes longer than all of the rest.  tests/test_ondisk.py holds both to the same fields.
+    takes longer than all of the rest.  tests/format/test_ondisk.py holds both to the same fields.
     """
 
     def __init__(self, **codes: str) -> None:

@@ -6,8 +6,7 @@ is no block the refcounts are 0 (spec: "Refcount structure").
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ..errors import ImageError
@@ -64,58 +63,6 @@ class Refcounts:
         return (
             q.integers(raw, _TYPES[self._width]) if self._width >= 8 else _spread(raw, self._width)
         )
-
-
-class Uses:
-    """How often each cluster is in use, in pages of machine integers.
-
-    A page has 32 bits for each until one of its clusters needs more.  64 bits are always enough:
-    65,536 snapshots, 2^22 entries of an L1 table and 2^18 of an L2 table make 2^56.
-    """
-
-    _PAGE_BITS: Final = 12
-    _PAGE: Final = 1 << _PAGE_BITS
-
-    def __init__(self) -> None:
-        self._pages: dict[int, array[int]] = {}
-        self._empty = array("I", (0,)) * self._PAGE
-
-    def add(self, cluster: int, times: int) -> None:
-        number, at = cluster >> self._PAGE_BITS, cluster & self._PAGE - 1
-        page = self._pages.get(number)
-        if page is None:
-            page = self._pages[number] = self._empty[:]
-        try:
-            page[at] += times
-        except OverflowError:
-            page = self._pages[number] = array("Q", page)
-            page[at] += times
-
-    def of(self, cluster: int) -> int:
-        page = self._pages.get(cluster >> self._PAGE_BITS)
-        return page[cluster & self._PAGE - 1] if page is not None else 0
-
-    def add_all(self, clusters: Iterable[int], times: int) -> None:
-        """:meth:`add` for many, which are mostly neighbours."""
-        last, mask = -1, self._PAGE - 1
-        page = self._empty
-        for cluster in clusters:
-            number = cluster >> self._PAGE_BITS
-            if number != last:
-                self.add(cluster, 0)
-                page, last = self._pages[number], number
-            try:
-                page[cluster & mask] += times
-            except OverflowError:
-                self.add(cluster, times)
-                page = self._pages[number]
-
-    def stretches(self, most: int) -> Iterator[tuple[int, Sequence[int]]]:
-        """(first cluster, how often each is in use), in order, ``most`` clusters or less."""
-        step = min(most, self._PAGE)
-        for number in sorted(self._pages):
-            for at in range(0, self._PAGE, step):
-                yield (number << self._PAGE_BITS) + at, self._pages[number][at : at + step]
 
 
 def _spread(raw: bytes, width: int) -> bytearray:

@@ -27,23 +27,28 @@ def nbdkit(*options: str) -> list[str]:
 def nbdkit_to_run(*options: str) -> list[str]:
     """The same, but always by its path.
 
-    For a plugin that is a script nbdkit starts itself anew, and forgets a socket that it was
-    handed (systemd's, nbdfuse's), unless its Python plugin is told which script to run.
-    Raises UsageError when there is no nbdkit.
+    Where it was installed without a compiler it is a script.  For one nbdkit starts itself anew,
+    and forgets a socket that it was handed (systemd's, nbdfuse's), unless its Python plugin is
+    told which script to run.  Raises UsageError when there is no nbdkit.
     """
     return _with(_IN_CHECKOUT if _IN_CHECKOUT.exists() else _installed(), options)
 
 
-def _with(script: Path | None, options: tuple[str, ...]) -> list[str]:
-    return ["nbdkit", *options, *(["python", str(script)] if script else ["qcow2snap"])]
+def _with(plugin: Path | None, options: tuple[str, ...]) -> list[str]:
+    if plugin is None:
+        return ["nbdkit", *options, "qcow2snap"]
+    python = [] if plugin.suffix == ".so" else ["python"]
+    return ["nbdkit", *options, *python, str(plugin)]
 
 
 def _installed() -> Path | None:
     """Where ``make install`` or a package put it; without either nbdkit says what it misses."""
     for line in _says("--dump-config"):
         key, _, value = line.partition("=")
-        if key == "plugindir" and (found := Path(value, _INSTALLED)).exists():
-            return found
+        if key == "plugindir":
+            for name in (f"{_INSTALLED}.so", _INSTALLED):
+                if (found := Path(value, name)).exists():
+                    return found
     return None
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from ..errors import Error, UsageError, shown
-from ..image.opener import open_image
 from .nbdkit import nbdkit
+from .openfiles import Found, find
 from .qmp import FrozenGuest, Qmp
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
@@ -29,13 +28,19 @@ class Taken(NamedTuple):
     """A snapshot that was taken."""
 
     device: str
-    path: str  # of the image
     name: str
+    file: str  # as QEMU calls the image
+    found: Found | None
+    unknown: str = ""  # why the image was not found
 
-    def command(self) -> str:
-        """The shell command that serves it."""
-        words = [*nbdkit(), f"file={self.path}", f"{_key(self.path, self.name)}={self.name}"]
-        return shlex.join(words)
+    def command(self) -> str | None:
+        """The shell command that serves it, if the image was found."""
+        if self.found is None:
+            return None
+        # snapshot= looks for an ID first; a name that is one must be called a name.
+        is_id = any(s.id == self.name for s in self.found.snapshots)
+        key = "snapshot-name" if is_id else "snapshot"
+        return shlex.join([*nbdkit(), f"file={self.found.path}", f"{key}={self.name}"])
 
 
 def take(socket: str, devices: Sequence[str], name: str, agent: str | None = None) -> list[Taken]:
@@ -47,20 +52,32 @@ def take(socket: str, devices: Sequence[str], name: str, agent: str | None = Non
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
     if len(set(devices)) < len(devices):
-        raise UsageError("a --device is given twice: name each one once")
+        raise UsageError("a device is given twice: name each one once")
     with Qmp(socket) as qemu:
-        paths = _paths(qemu, devices)
+        _check(_nodes(qemu), devices)
         with FrozenGuest(agent) if agent is not None else contextlib.nullcontext():
             if len(devices) == 1:
                 qemu.execute(_TAKE, device=devices[0], name=name)
             else:
                 actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in devices]
                 qemu.execute("transaction", actions=actions)
-    return [Taken(device, path, name) for device, path in zip(devices, paths, strict=True)]
+        nodes = _nodes(qemu)
+        return [_taken(qemu, device, name, nodes[device]["image"]) for device in devices]
 
 
-def _paths(qemu: Qmp, devices: Sequence[str]) -> list[str]:
-    """The image file behind each node or device name, absolute."""
+def _taken(qemu: Qmp, device: str, name: str, image: dict[str, Any]) -> Taken:
+    file = _file_name(image["filename"])
+    snapshots = [s for s in image.get("snapshots", ()) if s["name"] == name]
+    if not snapshots:
+        return Taken(device, name, file, None, "it has been deleted again")
+    try:
+        return Taken(device, name, file, find(qemu.process(), file, snapshots[-1]))
+    except UsageError as e:
+        return Taken(device, name, file, None, str(e))
+
+
+def _nodes(qemu: Qmp) -> dict[str, dict[str, Any]]:
+    """What QEMU says of each node (BlockDeviceInfo), by the names that a device may be given."""
     nodes: dict[str, dict[str, Any]] = {}
     for node in qemu.execute("query-named-block-nodes"):
         nodes[node["node-name"]] = node
@@ -69,19 +86,23 @@ def _paths(qemu: Qmp, devices: Sequence[str]) -> list[str]:
         for device in qemu.execute("query-block"):
             if device.get("inserted"):
                 nodes.setdefault(device["device"], device["inserted"])
-    found = []
+    return nodes
+
+
+def _check(nodes: dict[str, dict[str, Any]], devices: Sequence[str]) -> None:
+    """Raises UsageError for a device that is not there or cannot have snapshots."""
     for device in devices:
         if device not in nodes:
             known = ", ".join(sorted(n for n, x in nodes.items() if x.get("drv") == "qcow2" and n))
-            raise UsageError(f"QEMU has no device {shown(device)}: its qcow2 ones are {known}")
+            more = "; a snapshot has one name, what is before it is a device" * (len(devices) > 1)
+            raise UsageError(
+                f"QEMU has no device {shown(device)}: its qcow2 ones are {known}{more}"
+            )
         if nodes[device].get("drv") != "qcow2":
             raise UsageError(
                 f"device {shown(device)} is {nodes[device].get('drv')}, not qcow2: "
                 f"only qcow2 holds internal snapshots"
             )
-        path = _file_name(nodes[device]["image"]["filename"])
-        found.append(os.path.join(qemu.working_directory(), path))
-    return found
 
 
 def _file_name(name: str) -> str:
@@ -92,12 +113,3 @@ def _file_name(name: str) -> str:
             tree = tree["file"]
         return str(tree.get("filename", tree.get("file.filename", name)))
     return name.removeprefix("file:")
-
-
-def _key(path: str, name: str) -> str:
-    """``snapshot=`` looks for an ID first; a name that is one must be called a name."""
-    try:
-        with open_image(path) as image:
-            return "snapshot-name" if any(s.id == name for s in image.snapshots) else "snapshot"
-    except Error:  # encrypted, or seen from here elsewhere: whoever serves it will know
-        return "snapshot"

@@ -13,12 +13,14 @@ from threading import BoundedSemaphore
 
 from .._native.loaded import ENGINE
 from ..decode.codecs import Codec
-from ..decode.encryption import Encryption
 from ..errors import ImageError
 from ..format import ondisk as q
 from ..storage.local import Buffer, Storage
-from ..typed import Any, Final, TypeVar
+from ..typed import TYPE_CHECKING, Any, Final, TypeVar
 from ..util.cache import BoundedCache
+
+if TYPE_CHECKING:
+    from ..decode.encryption import Encryption
 
 #: Decoded clusters by (token of the mapping, guest offset of the cluster).
 ClusterCache = BoundedCache[tuple[int, int], bytearray]

@@ -17,13 +17,13 @@ from ..typed import TYPE_CHECKING, Final
 from .clusters import Clusters, fill_zeros
 from .extents import ALLOCATED, HOLE_ZERO, Extent, FileRange, MappedRange, merged
 from .guard import Guard, confirmed
-from .layers import Layer
 from .mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, Budget, Mapping
 from .native import LayerDescription, make_reader
 from .tablereader import TableReader
 
 if TYPE_CHECKING:
     from ..format.snapshots import Identity
+    from .layers import Layer
     from .raw import RawDisk
 
 # A client that asks to have data prefetched need not get all of it.
@@ -272,6 +272,6 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e.located or e}")
-        located.located = e.located or str(located)
+        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e._located or e}")
+        located._located = e._located or str(located)
         return located

@@ -23,11 +23,11 @@ from ..util.cache import OVERHEAD, BoundedCache
 from .clusters import ClusterCache, Clusters
 from .disk import Disk
 from .guard import Guard, SnapshotGuard, Unguarded
-from .layers import Layer
 from .mapping import Mapping, TableCache
 from .tablereader import Geometry
 
 if TYPE_CHECKING:
+    from .layers import Layer
     from .opener import Options
 
 

@@ -10,17 +10,19 @@ from collections.abc import Mapping as ReadOnly
 from types import MappingProxyType
 
 from ..decode.codecs import Codec, Zstd, deflate
-from ..decode.encryption import open_encryption
 from ..errors import ImageError, UsageError, shown
 from ..format import ondisk as q
 from ..format.header import Header, read_header
-from ..storage.libnbd import is_uri
+from ..storage.libnbd import is_uri, refuse_url
 from ..storage.local import Storage, open_storage
 from ..storage.policy import Policy
-from ..typed import Final, NamedTuple
+from ..typed import TYPE_CHECKING, Final, NamedTuple
+from ..util.wording import LIBRARY, Wording
 from .clusters import Clusters, EncryptedClusters
 from .image import Chain, Image
-from .layers import Layer, RawLayer
+
+if TYPE_CHECKING:
+    from .layers import Layer
 
 BACKING_FORMATS: Final = ("raw", "qcow2")
 
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
     allow_files: tuple[str, ...] = ()
+    words: Wording = LIBRARY  # of whoever opens it, for error lines
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -65,6 +68,7 @@ def _open_file(path: str) -> Storage:
         from ..storage.remote import RemoteFile
 
         return RemoteFile(path)
+    refuse_url(path)
     return open_storage(path)
 
 
@@ -74,7 +78,7 @@ class _Opener:
     def __init__(self, options: Options) -> None:
         self.chain = Chain(options)
         self._options = options
-        self._policy = Policy(options.allow_dirs, options.allow_files)
+        self._policy = Policy(options.allow_dirs, options.allow_files, options.words)
         self._codecs: dict[int, Codec] = {}  # of all layers: a decoder's contexts are large
 
     def image(self, storage: Storage) -> Image:
@@ -111,13 +115,17 @@ class _Opener:
             chain.files.append(data)
         if not options.data:
             return Clusters(storage, data, header.cluster_bits, deflate(), chain.clusters)
-        passphrases = options.passphrases
-        encryption = open_encryption(
-            storage,
-            header,
-            passphrases.get(layer, passphrases.get(0)),
-            f"passphrase.{layer}" if layer else "passphrase",
-        )
+        encryption = None
+        if header.crypt_method != q.CRYPT_NONE:
+            from ..decode.encryption import open_encryption
+
+            passphrases = options.passphrases
+            encryption = open_encryption(
+                storage,
+                header,
+                passphrases.get(layer, passphrases.get(0)),
+                options.words.passphrase(layer),
+            )
         parts = storage, data, header.cluster_bits, self._codec(storage, header), chain.clusters
         if encryption is None:
             return Clusters(*parts)
@@ -141,9 +149,10 @@ class _Opener:
         recorded = header.backing_format
         form = options.backing_format if recorded is None else recorded
         if form is None:
+            raw, qcow2 = (options.words.given("backing-format", f) for f in BACKING_FORMATS)
             raise UsageError(
                 f"{shown(storage.path)} does not record the format of its backing file "
-                f"{shown(name)}: add backing-format=raw or backing-format=qcow2"
+                f"{shown(name)}: add {raw} or {qcow2}"
             )
         if form not in BACKING_FORMATS:
             raise UsageError(
@@ -153,5 +162,7 @@ class _Opener:
         below = self._policy.open(name, storage, "backing file")
         if form == "qcow2":
             return self.image(below).active_disk()
+        from .layers import RawLayer
+
         self._enter(below)
         return RawLayer(below)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..errors import UsageError, escaped, shown
-from ..format.choosing import summary
+from ..format.choosing import did_you_mean, summary
 from ..format.snapshots import Snapshot, date
 from ..typed import Final, NamedTuple
 from ..util.units import binary
@@ -80,7 +80,8 @@ def find(exports: Sequence[Export], snapshots: Sequence[Snapshot], name: str) ->
         if s.id == wanted:
             return Export(name, s)
     asked = f"no export {shown(name)}" if name else "no default export, name one"
-    raise UsageError(f"there is {asked}: {summary(snapshots)}")
+    meant = did_you_mean(name, snapshots) if name else ""
+    raise UsageError(f"there is {asked}: {meant}{summary(snapshots)}")
 
 
 def _usable(name: str) -> bool:

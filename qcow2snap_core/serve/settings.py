@@ -6,11 +6,12 @@ from ..errors import UsageError, escaped
 from ..format.choosing import Choice
 from ..image.image import Image
 from ..image.opener import BACKING_FORMATS, Options, open_image
-from ..storage.libnbd import absolute, is_uri
+from ..storage.libnbd import absolute, is_uri, refuse_url
 from ..storage.local import from_here
 from ..typed import Final
 from ..util.passphrase import read_passphrase
 from ..util.units import parse_size
+from ..util.wording import PLUGIN
 
 _ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
 KEYS: Final = (
@@ -39,10 +40,10 @@ class Settings:
 
     def set(self, key: str, value: str) -> None:
         """Take one key.  Raises UsageError that names it when it or its value is wrong."""
+        if not is_key(key):
+            raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
         key = _ALIASES.get(key, key)
         layer = _layer(key)
-        if layer is None and (key not in KEYS or key == "passphrase.N"):
-            raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
         if key in self._allowed:
             self._allowed[key].append(_from_here(key, value))
             return
@@ -81,8 +82,14 @@ class Settings:
             passphrases=self._passphrases,
             l2_cache_size=self._sizes.get("l2-cache-size", Options().l2_cache_size),
             cluster_cache_size=self._sizes.get("cluster-cache-size", Options().cluster_cache_size),
+            words=PLUGIN,
         )
         return open_image(self._values["file"], options)
+
+
+def is_key(key: str) -> bool:
+    """Whether the plugin has such a key."""
+    return _layer(key) is not None or key in {*KEYS, *_ALIASES} - {"passphrase.N"}
 
 
 def _layer(key: str) -> int | None:
@@ -98,4 +105,6 @@ def _from_here(key: str, value: str) -> str:
     """Absolute, because nbdkit changes directory when it goes into the background."""
     if not value:
         raise UsageError(f"{key}= is empty: give a path")
+    if key == "file":
+        refuse_url(value)
     return absolute(value) if key == "file" and is_uri(value) else from_here(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..errors import UsageError, escaped
 from ..typed import Any, Final
 from .local import from_here
@@ -32,6 +34,18 @@ def is_uri(path: str) -> bool:
     if not separator or name not in ("nbd", "nbds"):
         return False
     return not plus or (transport.isascii() and transport.isalpha() and transport.islower())
+
+
+def refuse_url(path: str) -> None:
+    """Raises UsageError for the URL of something else than an NBD export, unless a file has that
+    name.  The line has the scheme alone: behind it may be a password."""
+    scheme, found, _ = path.partition("://")
+    plain = scheme.isascii() and scheme[:1].isalpha() and scheme.replace("+", "").isalnum()
+    if found and plain and not is_uri(path) and not os.path.lexists(path):
+        raise UsageError(
+            f"{scheme}:// is no URI of an NBD export: let nbdkit serve it, with its plugin curl, "
+            f"ssh or S3, and give the URI of that, as docs/remote.md shows"
+        )
 
 
 def without_secrets(uri: str) -> str:

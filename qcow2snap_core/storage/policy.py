@@ -28,17 +28,24 @@ import stat
 from collections.abc import Iterable
 
 from ..errors import UsageError, escaped, reason, shown
+from ..util.wording import PLUGIN, Wording
 from .local import DEVICE, Storage, inode, kind_name, open_storage
 
 
 class Policy:
     """What may be referenced besides what lies in the image's own directory."""
 
-    def __init__(self, allow_dirs: Iterable[str] = (), allow_files: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        allow_dirs: Iterable[str] = (),
+        allow_files: Iterable[str] = (),
+        words: Wording = PLUGIN,
+    ) -> None:
         """``allow_dirs``: existing directories; ``allow_files``: existing regular files and block
         devices.  Raises UsageError for one that is not."""
-        self._directories = tuple(_directory(d) for d in allow_dirs)
-        self._files = frozenset(_file(f) for f in allow_files)
+        self._words = words
+        self._directories = tuple(_directory(d, words) for d in allow_dirs)
+        self._files = frozenset(_file(f, words) for f in allow_files)
 
     def open(self, name: bytes, image: Storage, role: str) -> Storage:
         """Open the file that ``image`` names as its ``role`` ("backing file", "data file").
@@ -51,16 +58,18 @@ class Policy:
             own = () if is_device or image.trusted is None else (image.trusted,)
             lies_in = any(_lies_in(real, directory) for directory in (*own, *self._directories))
             if not lies_in and which not in self._files:
-                raise UsageError(_refusal(name, path, real, is_device, image))
+                raise UsageError(_refusal(name, path, real, is_device, image, self._words))
 
         try:
-            path = _joined(image.directory, _plain_path(name))
+            path = _joined(image.directory, _plain_path(name), self._words)
             return open_storage(path, permit)
         except UsageError as e:
             raise UsageError(f"the {role} of {shown(image.path)}: {e}") from e
 
 
-def _refusal(name: bytes, path: str, real: str, is_device: bool, image: Storage) -> str:
+def _refusal(
+    name: bytes, path: str, real: str, is_device: bool, image: Storage, words: Wording
+) -> str:
     """Why it was refused, and what allows it: the least first that makes sense.  A link is named as
     the image has it and as what it leads to."""
     which = shown(real)
@@ -69,15 +78,19 @@ def _refusal(name: bytes, path: str, real: str, is_device: bool, image: Storage)
     if is_device:
         return (
             f"{which} is a block device, and those are in no image's directory: "
-            f"add allow-file={escaped(_lasting_name(path, real))} if you trust it"
+            f"add {_file_setting(words, _lasting_name(path, real))} if you trust it"
         )
     why = "lies outside the directory of the image that names it"
     if image.trusted is None:
         why = "is named by an image that is itself in no directory"
     return (
-        f"{which} {why}: add allow-dir={escaped(os.path.dirname(real))} if you trust it, "
-        f"or allow-file={escaped(real)} for this file alone"
+        f"{which} {why}: add {words.given('allow-dir', escaped(os.path.dirname(real)))} if you "
+        f"trust it, or {_file_setting(words, real)} for this file alone"
     )
+
+
+def _file_setting(words: Wording, path: str) -> str:
+    return words.given("allow-file", escaped(path))
 
 
 def _lasting_name(path: str, real: str) -> str:
@@ -89,36 +102,37 @@ def _lasting_name(path: str, real: str) -> str:
     return lasting if trusted else real
 
 
-def _directory(path: str) -> str:
+def _directory(path: str, words: Wording) -> str:
     try:
         os.scandir(path).close()
     except OSError as e:
         raise UsageError(
-            f"allow-dir={escaped(path)}: {reason(e)}: give an existing directory"
+            f"{words.given('allow-dir', escaped(path))}: {reason(e)}: give an existing directory"
         ) from e
     return os.path.realpath(path)
 
 
-def _file(path: str) -> tuple[int, int]:
+def _file(path: str, words: Wording) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as e:
         raise UsageError(
-            f"allow-file={escaped(path)}: {reason(e)}: give an existing file or block device"
+            f"{_file_setting(words, path)}: {reason(e)}: give an existing file or block device"
         ) from e
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
         raise UsageError(
-            f"allow-file={escaped(path)}: it is a {kind_name(status.st_mode)}: give a regular file "
-            f"or a block device"
+            f"{_file_setting(words, path)}: it is a {kind_name(status.st_mode)}: give a regular "
+            f"file or a block device"
         )
     return inode(status)
 
 
-def _joined(directory: str | None, path: str) -> str:
+def _joined(directory: str | None, path: str, words: Wording) -> str:
     if directory is None and not os.path.isabs(path):
         raise UsageError(
             f"{shown(path)} is relative, and an image behind NBD lies in no directory: copy the "
-            f"whole chain here, or record an absolute name and give it to allow-file="
+            f"whole chain here, or record an absolute name and give it to "
+            f"{words.name('allow-file')}"
         )
     return os.path.join(directory or "/", path)
 

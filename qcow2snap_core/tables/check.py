@@ -4,8 +4,8 @@ First everything that is metadata claims its clusters; two claims of one cluster
 each L2 table is read once, however many L1 tables lead to it, and what it leads to is judged and
 counted.  At the end the counts are held against the image's own refcounts.  A cluster that is in
 use and counted less often will be given away and overwritten: a snapshot can be lost that way
-while it still reads well.  Clusters that are counted and not used (leaks) cost space alone and are
-not reported.
+while it still reads well.  Clusters that are counted and not used (leaks) cost space alone: they
+are no damage, and one finding in all.
 
 What is wrong with one snapshot may show only beside the others, who use its clusters as well.  So
 all of it is read for one snapshot too, and what concerns others alone is left out at the end.
@@ -18,15 +18,15 @@ from contextlib import suppress
 from ..errors import ImageError
 from ..format import ondisk as q
 from ..format.entries import oddities
-from ..format.refcounts import Uses
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.guard import Guard, Unguarded
 from ..image.image import Image
+from .audit import RefcountAudit
 from .claims import Claims
-from .counts import Counts
 from .findings import ACTIVE, BAD_TABLE, Finding, Findings, Owner, TooManyError
 from .l2tables import Tables
+from .tally import Uses
 
 
 def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
@@ -35,14 +35,16 @@ def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
 
     Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
     """
-    run = _Check(image, chosen)
+    walk = _Walk(image, chosen)
     with suppress(TooManyError):
-        run.all()
-    run.guard.confirm()
-    return run.findings.all
+        walk.all()
+    walk.guard.confirm()
+    return walk.findings.all
 
 
-class _Check:
+class _Walk:
+    """Claims all metadata, then has the tables judged and the refcounts audited."""
+
     def __init__(self, image: Image, chosen: Snapshot | None) -> None:
         self.findings = Findings()
         self.guard: Guard = Unguarded(image.storage)
@@ -65,11 +67,11 @@ class _Check:
         for owner in self._owners:
             self._tables.add(owner)
         self._tables.walk()
-        counts = Counts(self._image, self._claims, self._tables, self._uses, self.findings)
+        audit = RefcountAudit(self._image, self._claims, self._tables, self._uses, self.findings)
         if self._active is not None and not header.has_data_file:
-            counts.check_copied(self._active)
+            audit.check_copied(self._active)
         if refcounts is not None and not header.dirty:
-            counts.compare(refcounts)
+            audit.compare(refcounts)
 
     def _claim_snapshots(self) -> None:
         table = self._image.table()

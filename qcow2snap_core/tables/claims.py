@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from ..errors import ImageError
 from ..format.bitmaps import areas
-from ..format.refcounts import Refcounts, Uses, past_end
+from ..format.refcounts import Refcounts, past_end
 from ..image.image import Image
 from .findings import BAD_TABLE, OVERLAP, Findings, Owner, union
+from .tally import Uses
 
 
 class Claim(NamedTuple):
@@ -81,7 +82,7 @@ class Claims:
         if area is not None:
             self.claim("the LUKS header", *area)
         try:
-            for found in areas(self._image.storage, self._image.header):
-                self.claim(*found)
+            for part in areas(self._image.storage, self._image.header):
+                self.claim(*part)
         except ImageError as e:
             self._findings.add(BAD_TABLE, str(e))

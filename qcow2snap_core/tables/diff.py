@@ -22,10 +22,10 @@ from ..image.extents import HOLE_ZERO, Extent, MappedRange, merged
 from ..image.guard import confirmed
 from ..image.mapping import COMPRESSED, DATA
 from ..image.tablereader import TableReader
+from .compare import STRIDE
 
 _L1_ENTRIES: Final = 8192  # read at a time
 _L2_ENTRIES: Final = 8192
-_STRIDE: Final = 64  # entries compared at a time
 
 _Range = tuple[int, int]  # guest offset, length
 
@@ -108,8 +108,8 @@ def _unequal(ours: bytearray, theirs: bytearray, size: int) -> Iterator[_Range]:
     if ours == theirs:
         return
     begun = None
-    for stride in range(0, len(ours), _STRIDE * size):
-        end = min(stride + _STRIDE * size, len(ours))
+    for stride in range(0, len(ours), STRIDE * size):
+        end = min(stride + STRIDE * size, len(ours))
         if begun is None and ours[stride:end] == theirs[stride:end]:
             continue
         for at in range(stride, end, size):

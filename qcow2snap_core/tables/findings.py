@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from ..image.disk import Disk
+from ..util.units import binary
 
 ACTIVE: Final = "@active"
 MOST: Final = 1000  # findings; a lost table can make millions
@@ -16,15 +17,21 @@ BAD_ENTRY: Final = "entry"  # out of bounds, unaligned, reserved bits
 OVERLAP: Final = "overlap"
 NOT_COUNTED: Final = "refcount"
 IN_PLACE: Final = "copied"
+LEAK: Final = "leak"  # clusters that are counted more often than used: no damage
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong."""
+    """One thing that is wrong, or a waste of space."""
 
     problem: str
     message: str
     snapshots: tuple[str, ...] = ()  # whose it is: IDs, or @active
     host: int | None = None  # host offset
+    clusters: int | None = None  # how many, of leaks
+
+    @property
+    def is_damage(self) -> bool:
+        return self.problem != LEAK
 
 
 class Owner(NamedTuple):
@@ -65,6 +72,19 @@ class Findings:
         self.all.append(Finding(problem, message, ids, host))
         if len(self.all) == MOST:
             raise TooManyError
+
+    def add_leaks(self, clusters: int, size: int) -> None:
+        """Clusters that take space and are nobody's, as one finding; ``size`` in bytes.
+
+        Only where all else is well: what is behind a damaged table looks like a leak as well, and
+        must not be given away.  And only where everything is asked for.
+        """
+        if not self.all and self.about is None:
+            message = (
+                f"{clusters} clusters ({binary(size)}) are counted more often than used: space is "
+                f"wasted, nothing is harmed, and qemu-img check -r leaks gets it back"
+            )
+            self.all.append(Finding(LEAK, message, clusters=clusters))
 
     def concern(self, owners: Sequence[Named]) -> bool:
         """Whether what is wrong with something of theirs is wanted."""

@@ -13,11 +13,11 @@ from operator import or_
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from ..format.refcounts import Uses
 from ..image.image import Image
 from ..image.mapping import COMPRESSED
 from .claims import Claims
 from .findings import BAD_ENTRY, BAD_TABLE, Findings, Owner, union
+from .tally import Uses
 
 
 class Tables:
@@ -83,12 +83,14 @@ class Tables:
     def users(self, clusters: Collection[int]) -> dict[int, Sequence[Owner]]:
         """Whose tables or data lie in each of these clusters."""
         claimed = self._claims.clusters
-        found = {cluster: [claimed[cluster].owners] for cluster in clusters if cluster in claimed}
+        lists_of = {
+            cluster: [claimed[cluster].owners] for cluster in clusters if cluster in claimed
+        }
         for there, owners in self.led_to() if clusters else ():
             for cluster in set(there):
                 if cluster in clusters:
-                    found.setdefault(cluster, []).append(owners)
-        return {cluster: union(*lists) for cluster, lists in found.items()}
+                    lists_of.setdefault(cluster, []).append(owners)
+        return {cluster: union(*lists) for cluster, lists in lists_of.items()}
 
     def of_last(self, owner: Owner) -> Iterator[tuple[int, int]]:
         """(L1 index, host offset) of the tables of the owner who was added last."""
@@ -156,6 +158,6 @@ class Tables:
                 yield offset >> bits
 
 
-def _exhaust(found: Iterator[object]) -> None:
-    for _ in found:
+def _exhaust(runs: Iterator[object]) -> None:
+    for _ in runs:
         pass

@@ -9,7 +9,6 @@ number of cells bounds the work.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import Flag, auto
@@ -22,7 +21,7 @@ from ..image.disk import Disk
 from ..image.guard import Guard
 from ..image.image import Image
 from ..image.tablereader import Entries, TableReader
-from .space import STRIDE, sorted_out, strides
+from .compare import STRIDE, differing, streams_and_offsets
 
 _L1_ENTRIES: Final = 1 << 16  # of one table that are held at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables of one cell; an entry takes 100 bytes
@@ -71,8 +70,8 @@ def picture(image: Image, snapshots: Sequence[Snapshot], most: int) -> Picture:
         [Holds.NOTHING] * -(-disk.size // cell) if disk else [Holds.UNKNOWN] * count
         for disk in disks
     ]
-    for at, found in _cells(disks, cell, count):
-        for own, holds in zip(cells, found, strict=True):
+    for at, held in _cells(disks, cell, count):
+        for own, holds in zip(cells, held, strict=True):
             if at < len(own):
                 own[at] |= holds
     for own, disk in zip(cells, disks, strict=True):
@@ -108,22 +107,22 @@ def _cells(
         parts = [_tables(disk, first, min(step, entries - first)) for disk in disks]
         for index, tables in enumerate(zip(*parts, strict=True), first):
             if any(tables):
-                for at, found in _behind(known, tables, cell, count * cell - index * span):
-                    yield index * span // cell + at, found
+                for at, held in _behind(known, tables, cell, count * cell - index * span):
+                    yield index * span // cell + at, held
 
 
 def _tables(disk: Disk | None, first: int, count: int) -> Sequence[int | None]:
     """The host offsets of L2 tables, 0 where there is none, None where that is unknown."""
     if disk is not None:
         with suppress(ImageError):
-            found: list[int | None] = [
+            tables: list[int | None] = [
                 e & q.OFFSET_MASK for e in disk.tables.l1_entries(first, count)
             ]
             span = disk.tables.bytes_per_l1_entry
             lost = range(-(-disk.reach // span), -(-disk.size // span))
             for index in range(max(first, lost.start), min(first + count, lost.stop)):
-                found[index - first] = None
-            return found
+                tables[index - first] = None
+            return tables
     return [None] * count
 
 
@@ -147,41 +146,35 @@ def _behind(
             with suppress(ImageError):
                 parts[table] = mapping.l2_part(table, first, count)
         for at in range(0, count, per_cell):
-            pieces = [part[at : at + per_cell] for part in parts.values()]
-            stored = dict(zip(parts, _stored(pieces), strict=True))
+            ranges = [part[at : at + per_cell] for part in parts.values()]
+            stored = dict(zip(parts, _stored(ranges), strict=True))
             sets = [set() if table == 0 else stored.get(table or 0) for table in tables]
             yield (first + at) // per_cell, _compared(sets)
 
 
 def _stored(parts: Sequence[Entries[int]]) -> list[_Entries]:
     """What each part of a table leads to; all that is common to all parts may be one entry."""
-    common = False
-    kept: list[Entries[int]] = [array("Q") for _ in parts]
-    for pieces, alike in strides(parts):
-        if alike:
-            common = common or any(sorted_out(pieces[0]))
-        else:
-            for part, piece in zip(kept, pieces, strict=True):
-                part.extend(piece)
-    return [{*({_COMMON} if common else ())}.union(*sorted_out(part)) for part in kept]
+    kept, common = differing(parts)
+    shared = {_COMMON} if any(any(streams_and_offsets(part)) for part in common) else set()
+    return [shared.union(*streams_and_offsets(part)) for part in kept]
 
 
 def _compared(owners: Sequence[_Entries | None]) -> list[Holds]:
     """What each owner has, from the oldest on; None if that is unknown."""
     own = Holds.UNKNOWN if None in owners else Holds.OWN
-    found = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
+    held = [Holds.UNKNOWN if entries is None else Holds.NOTHING for entries in owners]
     fresh: list[_Entries] = []
     met: _Entries = set()
     for k, entries in enumerate(owners):
         fresh.append((entries or set()) - met)
         if entries and not entries.isdisjoint(met):
-            found[k] |= Holds.OLDER
+            held[k] |= Holds.OLDER
         met |= entries or set()
     met = set()
     for k, entries in reversed(list(enumerate(owners))):
         if fresh[k] - met:
-            found[k] |= own
+            held[k] |= own
         if entries and not entries.isdisjoint(met):
-            found[k] |= Holds.NEWER
+            held[k] |= Holds.NEWER
         met |= entries or set()
-    return found
+    return held

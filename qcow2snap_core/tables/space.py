@@ -1,90 +1,141 @@
-"""What deleting each snapshot would free, from the tables of all snapshots and the active disk.
+"""What deleting snapshots would free, from the tables of all snapshots and the active disk.
 
-A cluster is a snapshot's own when only that snapshot refers to it.  References are compared where
-they can meet: QEMU never moves a cluster from one guest offset to another, so tables that share a
-cluster share it at the same index.  An L2 table that two L1 tables lead to shares all that it
-holds, and is not even read.  So the cost grows with what differs, and little memory is needed.
+A cluster is a snapshot's own when only that snapshot refers to it, and a set's own when only
+snapshots of the set do.  References are compared where they can meet: QEMU never moves a cluster
+from one guest offset to another, so tables that share a cluster share it at the same index.  An L2
+table that two L1 tables lead to shares all that it holds, and is not even read.  So the cost grows
+with what differs, and little memory is needed.
 
 Compressed clusters are the exception: streams of different guest offsets lie in one cluster of
 the file, which is freed when the last of them is.  Where a snapshot has compressed clusters in
 tables of its own, all tables are walked once more to see who else is in those clusters.
+
+A VM state lies behind the disk, from the next index of the L1 table on (QEMU:
+qcow2_vm_state_offset), so its tables and data can be told apart from the disk's.
 """
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import count
-from typing import Final
+from collections.abc import Collection, Iterator, Sequence
+from itertools import compress, count
+from typing import Final, NamedTuple
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from ..format.snapshots import Snapshot
+from ..format.snapshots import Identity, Snapshot
 from ..image.image import Image
-from ..image.tablereader import Entries, TableReader
+from ..image.tablereader import TableReader
+from .compare import STRIDE, differing, streams_and_offsets
+from .tally import SHARED, Owners
 
-_SHARED: Final = -1  # in place of an owner: more than one
 _L1_ENTRIES: Final = 1 << 20  # of all L1 tables together that are held at a time
-STRIDE: Final = 64  # entries compared at a time
 _L2_ENTRIES: Final = 1 << 18  # of the L2 tables for one guest range; an entry takes 100 bytes
 
-# {host offset of an L2 table: its owner}, of one guest range; owners are indexes of mappings
-_Column = dict[int, int]
+
+class Freed(NamedTuple):
+    """Bytes of the file that go when something is deleted."""
+
+    disk: int  # of data, tables and the entries of the snapshot table
+    vm_state: int  # of the saved machines, their tables included
+
+    @property
+    def size(self) -> int:
+        return self.disk + self.vm_state
 
 
-def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[int | None]:
-    """The bytes that deleting each one would free, its tables included; ``snapshots`` are all
-    that the image has.  None where damage leaves it open.
+def exclusive_sizes(image: Image, snapshots: Sequence[Snapshot]) -> list[Freed | None]:
+    """What deleting each one alone would free; ``snapshots`` are all that the image has.  None
+    where damage leaves it open.
 
     Raises SnapshotGone when one of them is deleted meanwhile: what was read of it, and so who
     shares with it, may have been anything.  Raises StorageError.
     """
+    return _freed(image, snapshots, [{k} for k in range(len(snapshots))])
+
+
+def freed_together(
+    image: Image, snapshots: Sequence[Snapshot], chosen: Collection[Identity]
+) -> Freed | None:
+    """What deleting all the chosen ones would free: with what they share among each other more
+    than the sum.  All else as :func:`exclusive_sizes`."""
+    members = {k for k, s in enumerate(snapshots) if s.identity in chosen}
+    if not members:
+        return Freed(0, 0)
+    (freed,) = _freed(image, snapshots, [members])
+    return freed
+
+
+def _freed(
+    image: Image, snapshots: Sequence[Snapshot], sets: Sequence[set[int]]
+) -> list[Freed | None]:
+    """For each set of indexes of snapshots: either one set, or one for each snapshot."""
     guard = image.guard(snapshots)
     try:
-        mappings = [image.disk(s, guard=guard).tables for s in snapshots]
+        disks = [image.disk(s, guard=guard) for s in snapshots]
+        mappings = [disk.tables for disk in disks]
         mappings.append(image.active_disk().tables)
     except ImageError:  # whoever is damaged may share anything
         guard.confirm()
-        return [None] * len(snapshots)
-    space = _Space(image, mappings)
+        return [None] * len(sets)
+    # The index of an L1 table from which on it leads to the VM state; the active disk has none.
+    behind = [-(-disk.size // disk.tables.bytes_per_l1_entry) for disk in disks]
+    members = None if len(sets) == len(snapshots) else sets[0]
+    space = _Space(image, mappings, [*behind, q.MAX_L1_BYTES], members)
     space.count()
-    clusters = [
-        None if k in space.unknown else own + l1 + table
-        for k, (own, l1, table) in enumerate(
-            zip(
-                space.own,
-                _l1_clusters(snapshots, image.header.cluster_size),
-                _table_clusters(snapshots, image.header.cluster_size),
-                strict=False,  # the active disk is not asked about
-            )
-        )
+    cluster = image.header.cluster_size
+    tables = zip(
+        _l1_clusters(snapshots, sets, cluster),
+        _table_clusters(snapshots, sets, cluster),
+        strict=True,
+    )
+    answers = [
+        None
+        if k in space.unknown
+        else Freed((space.own[2 * k] + l1 + table) * cluster, space.own[2 * k + 1] * cluster)
+        for k, (l1, table) in enumerate(tables)
     ]
     guard.confirm()
-    return [None if n is None else n * image.header.cluster_size for n in clusters]
+    return answers
+
+
+# {host offset of an L2 table: its account}, of one guest range.  Each set has two: 2 * k for the
+# disk and 2 * k + 1 for the VM state, where k is the set's number.
+_Column = dict[int, int]
 
 
 class _Space:
-    """Counts each owner's own clusters, tables and data."""
+    """Counts the clusters, tables and data, that each account has alone."""
 
-    def __init__(self, image: Image, mappings: Sequence[TableReader]) -> None:
-        self.own = [0] * len(mappings)
-        self.unknown: set[int] = set()  # owners whose number cannot be told
+    def __init__(
+        self,
+        image: Image,
+        mappings: Sequence[TableReader],
+        behind: Sequence[int],
+        members: set[int] | None,
+    ) -> None:
+        """``members``: who belongs to the only set; None if each is a set of its own, the active
+        disk as the last."""
+        sets = len(mappings) if members is None else 1
+        self.own = [0] * (2 * sets)
+        self.unknown: set[int] = set()  # sets whose number cannot be told
         self._image = image
         self._mappings = mappings
-        self._active = len(mappings) - 1
+        self._behind = behind
+        self._members = sorted(members or ())
+        self._others = [members is not None and k not in members for k in range(len(mappings))]
+        self._asked = 2 * (len(mappings) - 1 if members is None else 1)  # accounts below this
         self._any = mappings[0]  # L2 tables are read alike whoever leads to them
         self._compressed = False
 
     def count(self) -> None:
         for tables in self._columns():
-            owners = {k for k in tables.values() if k not in (_SHARED, self._active)}
+            asked = {k >> 1 for k in tables.values() if 0 <= k < self._asked}
             try:
-                if owners:
+                if asked:
                     self._count_column(tables)
             except ImageError:
-                self.unknown |= owners
+                self.unknown |= asked
         if self._compressed:
             self._count_streams()
 
@@ -94,146 +145,113 @@ class _Space:
         step = max(64, _L1_ENTRIES // len(self._mappings))
         for first in range(0, entries, step):
             parts = [m.l1_entries(first, min(step, entries - first)) for m in self._mappings]
-            for column in zip(*parts, strict=True):
-                owners = dict(zip(column, count(), strict=False))
+            for index, column in enumerate(zip(*parts, strict=True), first):
                 tables: _Column = {}
-                for entry, times in Counter(column).items():
-                    table = entry & q.OFFSET_MASK
+                for table, owner in self._tables_of(column):
                     if table:
-                        alone = times == 1 and table not in tables
-                        tables[table] = owners[entry] if alone else _SHARED
+                        alone = owner != SHARED and table not in tables
+                        tables[table] = self._account(owner, index) if alone else SHARED
                 if tables:
                     yield tables
 
+    def _tables_of(self, column: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """(L2 table, who alone leads to it), the latter as an index of the mappings."""
+        if not self._members:
+            owners = dict(zip(column, count(), strict=False))
+            for entry, times in Counter(column).items():
+                yield entry & q.OFFSET_MASK, owners[entry] if times == 1 else SHARED
+            return
+        others = {entry & q.OFFSET_MASK for entry in set(compress(column, self._others))}
+        ours = {column[k] & q.OFFSET_MASK: k for k in self._members}
+        yield from ((table, SHARED) for table in others)
+        yield from ((table, k) for table, k in ours.items() if table not in others)
+
+    def _account(self, owner: int, index: int) -> int:
+        """The one that a table behind an index of the L1 table belongs to."""
+        return 2 * (0 if self._members else owner) + (index >= self._behind[owner])
+
     def _count_column(self, tables: _Column) -> None:
         """Count the own tables behind one L1 index and the clusters that they alone lead to."""
-        for owner in tables.values():
-            if owner != _SHARED:
-                self.own[owner] += 1
-        for found in self._parts(tables):
+        for account in tables.values():
+            if account != SHARED:
+                self.own[account] += 1
+        for clusters in self._parts(tables):
             many: set[int] = set()
             once: set[int] = set()
-            for _, offsets in found:
+            for offsets in clusters.values():
                 if not once.isdisjoint(offsets):
                     many |= once & offsets
                 once |= offsets
-            for owner, offsets in found:
-                if owner != _SHARED:
-                    self.own[owner] += len(offsets - many if many else offsets)
+            for account, offsets in clusters.items():
+                if account != SHARED:
+                    self.own[account] += len(offsets - many if many else offsets)
 
-    def _parts(self, tables: _Column) -> Iterator[list[tuple[int, set[int]]]]:
-        """For one stretch of the tables after the other: (owner, the data clusters there that not
-        all tables have)."""
+    def _parts(self, tables: _Column) -> Iterator[dict[int, set[int]]]:
+        """For one stretch of the tables after the other: {account: the data clusters there}, but
+        for most of those that all tables have."""
         entries = self._any.l2_entries
         step = min(entries, max(STRIDE, _L2_ENTRIES // len(tables)))
+        one_set = bool(self._members) and SHARED not in tables.values()
         for first in range(0, entries, step):
-            count = min(step, entries - first)
-            parts = _differing([self._any.l2_part(table, first, count) for table in tables])
-            found = []
-            for part, owner in zip(parts, tables.values(), strict=True):
-                streams, offsets = sorted_out(part)
-                self._compressed |= bool(streams) and owner not in (_SHARED, self._active)
-                found.append((owner, set() if self._image.header.has_data_file else offsets))
-            yield found
+            n = min(step, entries - first)
+            parts = [self._any.l2_part(table, first, n) for table in tables]
+            if not one_set:  # else what all have in common is what is asked for
+                parts, _ = differing(parts)
+            clusters: dict[int, set[int]] = {}
+            for part, account in zip(parts, tables.values(), strict=True):
+                streams, offsets = streams_and_offsets(part)
+                self._compressed |= bool(streams) and 0 <= account < self._asked
+                if not self._image.header.has_data_file:
+                    clusters.setdefault(account, set()).update(offsets)
+            yield clusters
 
     def _count_streams(self) -> None:
-        """Count the clusters of the file in which one owner alone has compressed clusters."""
-        owners = _Owners()
+        """Count the clusters of the file in which one set alone has compressed clusters; there
+        are none in VM states."""
+        owners = Owners()
         bits = self._image.header.cluster_bits
         for tables in self._columns():
-            for table, owner in tables.items():
+            for table, account in tables.items():
                 try:
-                    streams, _ = sorted_out(self._any.l2_part(table, 0, self._any.l2_entries))
+                    entries = self._any.l2_part(table, 0, self._any.l2_entries)
                 except ImageError:
-                    self.unknown.update(range(self._active))
+                    self.unknown.update(range(self._asked >> 1))
                     return
-                for entry in streams:
+                for entry in streams_and_offsets(entries)[0]:
                     offset, length = self._image.stream(entry)
                     for cluster in range(offset >> bits, (offset + length - 1 >> bits) + 1):
-                        owners.add(cluster, owner)
-        for owner, n in owners.counts().items():
-            if owner != _SHARED:
-                self.own[owner] += n
+                        owners.add(cluster, account if account == SHARED else account & ~1)
+        for account, n in owners.counts().items():
+            if account != SHARED:
+                self.own[account] += n
 
 
-class _Owners:
-    """Who has something in each cluster of the file, in pages of machine integers."""
-
-    _PAGE_BITS: Final = 12
-    _NOBODY: Final = -2
-
-    def __init__(self) -> None:
-        self._pages: dict[int, array[int]] = {}
-        self._empty = array("i", (self._NOBODY,)) * (1 << self._PAGE_BITS)
-
-    def add(self, cluster: int, owner: int) -> None:
-        number, at = divmod(cluster, 1 << self._PAGE_BITS)
-        page = self._pages.get(number)
-        if page is None:
-            page = self._pages[number] = self._empty[:]
-        if page[at] != owner:
-            page[at] = owner if page[at] == self._NOBODY else _SHARED
-
-    def counts(self) -> Counter[int]:
-        total: Counter[int] = Counter()
-        for page in self._pages.values():
-            total.update(page)
-        del total[self._NOBODY]
-        return total
-
-
-def _differing(parts: list[Entries[int]]) -> list[Entries[int]]:
-    """The same without most of what all have in common."""
-    if len(parts) == 1:
-        return parts
-    kept: list[Entries[int]] = [array("Q") for _ in parts]
-    for pieces, alike in strides(parts):
-        if not alike:
-            for part, piece in zip(kept, pieces, strict=True):
-                part.extend(piece)
-    return kept
-
-
-def strides(parts: Sequence[Entries[int]]) -> Iterator[tuple[list[Entries[int]], bool]]:
-    """The parts a few entries at a time, and whether these are alike in all."""
-    for at in range(0, len(parts[0]) if parts else 0, STRIDE):
-        pieces = [part[at : at + STRIDE] for part in parts]
-        yield pieces, pieces.count(pieces[0]) == len(pieces)
-
-
-_LOW_BYTE, _HIGH_BYTE = (0, 7) if sys.byteorder == "little" else (7, 0)
-_NOT_COMPRESSED: Final = bytes(range(q.OFLAG_COMPRESSED >> 56))  # high bytes of such entries
-
-
-def sorted_out(entries: Entries[int]) -> tuple[list[int], set[int]]:
-    """The compressed clusters' entries, and the host offsets of the others."""
-    raw = entries.tobytes()
-    streams: list[int] = []
-    offsets = set(entries)
-    if raw[_HIGH_BYTE::8].translate(None, _NOT_COMPRESSED):
-        streams = [e for e in entries if e & q.OFLAG_COMPRESSED]
-        offsets.difference_update(streams)
-    if raw[_LOW_BYTE::8].translate(None, b"\0"):  # zero clusters may have an allocation
-        offsets = {e & q.OFFSET_MASK for e in offsets}
-    offsets.discard(0)
-    return streams, offsets
-
-
-def _l1_clusters(snapshots: Sequence[Snapshot], cluster: int) -> list[int]:
-    """The clusters of each L1 table, which no two snapshots share in an image that QEMU made."""
+def _l1_clusters(
+    snapshots: Sequence[Snapshot], sets: Sequence[set[int]], cluster: int
+) -> Iterator[int]:
+    """The clusters of the L1 tables of each set, those that others share left out; no two
+    snapshots share one in an image that QEMU made."""
     users = Counter(s.l1_table_offset for s in snapshots)
-    return [
-        -(-s.l1_size * q.L1_ENTRY_SIZE // cluster) if users[s.l1_table_offset] == 1 else 0
-        for s in snapshots
-    ]
+    for members in sets:
+        ours = Counter(snapshots[k].l1_table_offset for k in members)
+        sizes = {snapshots[k].l1_table_offset: snapshots[k].l1_size for k in members}
+        yield sum(
+            -(-size * q.L1_ENTRY_SIZE // cluster)
+            for offset, size in sizes.items()
+            if users[offset] == ours[offset]
+        )
 
 
-def _table_clusters(snapshots: Sequence[Snapshot], cluster: int) -> list[int]:
-    """The clusters by which the snapshot table shrinks when QEMU writes it without each one."""
+def _table_clusters(
+    snapshots: Sequence[Snapshot], sets: Sequence[set[int]], cluster: int
+) -> Iterator[int]:
+    """The clusters by which the snapshot table shrinks when QEMU writes it without each set."""
     now = sum(_padded(s.entry_length) for s in snapshots)
     rewritten = [_padded(_rewritten(s)) for s in snapshots]
     rest = sum(rewritten)
-    return [-(-now // cluster) - -(-(rest - gone) // cluster) for gone in rewritten]
+    for members in sets:
+        gone = sum(rewritten[k] for k in members)
+        yield -(-now // cluster) - -(-(rest - gone) // cluster)
 
 
 def _padded(length: int) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import IO, Any, Final
 
 from ..errors import StorageError, UsageError, escaped
@@ -20,6 +21,7 @@ from .targets import NbdTarget
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"
 _DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"
+_environment: Final = Lock()  # of which a process has one for all threads
 
 
 def qemu_img(*arguments: str, directory: str | None = None) -> None:
@@ -101,9 +103,10 @@ def _start(handle: Any, image: str, options: list[str], directory: str, said: IO
     shell = f'[ $PPID = {us} ] && cd "${_DIRECTORY}" && exec qemu-nbd "$@" "${_IMAGE}"'
     shell += f" 2>/proc/{us}/fd/{said.fileno()}"
     starter = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", shell, "sh"]
-    os.environ[_IMAGE] = image
-    os.environ[_DIRECTORY] = directory
-    handle.connect_systemd_socket_activation([*starter, *options, "-e", str(THREADS)])
+    with _environment:
+        os.environ[_IMAGE] = image
+        os.environ[_DIRECTORY] = directory
+        handle.connect_systemd_socket_activation([*starter, *options, "-e", str(THREADS)])
 
 
 def _content(file: IO[bytes]) -> bytes:

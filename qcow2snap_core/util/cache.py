@@ -1,8 +1,8 @@
 """A cache with a bound in bytes, shared by all threads: L2 tables and decoded clusters live here.
 
-What has been longest in it goes first.  A hit therefore changes nothing, costs one dictionary
-look-up and needs no lock; that is worth more here than what a least-recently-used order would
-keep, since losing an entry costs one read from the page cache or one decode.
+Eviction is first in, first out.  So a hit changes nothing, costs one dictionary look-up and needs
+no lock; that is worth more here than what a least-recently-used order would keep, since losing an
+entry costs one read from the page cache or one decode.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 tqdm draws it: one Debian package without dependencies, where rich brings three more and takes
 longer to import than most images take to list.  It is imported when there is something to draw,
-and where it is not installed the work is done in silence.
+and where it is not installed the work is done in silence.  In the library it always is: the
+terminal is the program's.
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 from typing import Any
 
 #: Called with the bytes done since the last call, by any thread.
 Advance = Callable[[int], None]
+
+_silent: ContextVar[bool] = ContextVar("_silent", default=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No bar in this block, whatever stderr is."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 class Bar:
@@ -40,7 +54,8 @@ class Bar:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Bar]:
     """Show a bar of ``total`` bytes until the block ends."""
-    drawn = _drawn(what, total) if sys.stderr.isatty() else None
+    shown = not _silent.get() and sys.stderr.isatty()
+    drawn = _drawn(what, total) if shown else None
     try:
         yield Bar(drawn)
     finally:

@@ -13,8 +13,8 @@ from support import qemu
 from support.command import fails, qcow2snap, run
 from support.qemu import KiB, MiB
 
-import qcow2snap_core
 from qcow2snap_core.errors import UsageError
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.storage.locks import LockGuard
 
 
@@ -94,7 +94,7 @@ def test_a_running_storage_daemon(disk: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_starts_later_is_noticed(disk: Path) -> None:
-    with qcow2snap_core.open(str(disk)) as image:
+    with open_image(str(disk)) as image:
         active = image.active_disk(LockGuard(image.files))
         assert active.pread(1, 64 * KiB) == b"\2"
         with opened(disk), pytest.raises(UsageError, match="is in use"):
@@ -109,7 +109,7 @@ def locks(path: Path) -> list[str]:
 
 def test_no_lock_is_taken(disk: Path) -> None:
     """Or QEMU could not open the image while we have it."""
-    with qcow2snap_core.open(str(disk)) as image:
+    with open_image(str(disk)) as image:
         active = image.active_disk(LockGuard(image.files))
         active.pread(1, 0)
         with opened(disk) as user:

@@ -23,7 +23,8 @@ def disk(tmp_path: Path) -> Path:
 
 
 def test_clean(disk: Path) -> None:
-    assert qcow2snap("check", disk) == ""
+    assert qcow2snap("check", disk) == "no damage found\n"
+    assert qcow2snap("check", disk, "2") == "no damage found that concerns 'nightly'\n"
     assert qcow2snap_json("check", disk, "nightly") == []
 
 
@@ -38,7 +39,19 @@ def test_a_snapshot_whose_cluster_was_freed(disk: Path) -> None:
     assert qcow2snap_json("check", disk, "weekly", status=3) == [
         {"problem": "refcount", "message": message, "snapshots": ["1"], "host": host}
     ]
-    assert qcow2snap("check", disk, "nightly") == ""
+    assert qcow2snap("check", disk, "nightly") == "no damage found that concerns 'nightly'\n"
+
+
+def test_leaks_are_told_and_are_no_damage(disk: Path) -> None:
+    host = qemu.field64(disk, damage.l2_entry(disk, "weekly", 64 * KiB)) & damage.OFFSET
+    set_refcount(disk, host // (64 * KiB), 9)
+    leak, clean = qcow2snap("check", disk).splitlines()
+    assert leak.startswith("leak: 1 clusters (64 KiB) are counted more often than used")
+    assert clean == "no damage found"
+    [found] = qcow2snap_json("check", disk)
+    assert (found["problem"], found["clusters"], found["snapshots"]) == ("leak", 1, [])
+    qemu.run("qemu-img", "check", "-q", "-r", "leaks", disk)  # as it says
+    assert qcow2snap_json("check", disk) == []
 
 
 def test_it_could_not_check(disk: Path, tmp_path: Path) -> None:
@@ -53,7 +66,7 @@ def test_refcounts_that_are_known_to_be_stale_are_not_compared(disk: Path) -> No
     host = qemu.field64(disk, damage.l2_entry(disk, "weekly", 0)) & damage.OFFSET
     set_refcount(disk, host // (64 * KiB), 0)
     done = run("check", disk)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, "no damage found\n")
     assert "is marked dirty" in done.stderr
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.command import fails, qcow2snap, qcow2snap_json, run
+from support.command import fails, on_terminal, qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB, RandomImage
 
 
@@ -51,6 +51,13 @@ def test_the_text_is_in_nbdinfos_columns(disk: Path) -> None:
         "   1048576      131072    0  data",
         "   2097152     1048576    3  hole,zero",
     ]
+
+
+def test_a_terminal_shows_the_totals(disk: Path) -> None:
+    assert on_terminal("diff", disk, "old", "new")[2:] == [
+        "128 KiB to copy, 1 MiB now zero, of 8 MiB"
+    ]
+    assert on_terminal("diff", disk, "new", "new") == ["0 B to copy, 0 B now zero, of 8 MiB"]
 
 
 def test_nothing_changed(disk: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from support import damage, qemu
-from support.command import fails, qcow2snap, qcow2snap_json, run
+from support.command import fails, on_terminal, qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB
+from support.refcounts import allocated
 from support.tables import Entry
 
 
@@ -26,17 +28,42 @@ def disk(tmp_path: Path) -> Path:
 
 def test_json_has_qemus_names_and_ours(disk: Path) -> None:
     found = qcow2snap_json("list", disk)
-    ours = [{k: s.pop(k) for k in ("disk-size", "exclusive-size", "export")} for s in found]
+    names = [f"exclusive{part}-size" for part in ("", "-disk", "-vm-state")]
+    ours = [[s.pop(k) for k in ("disk-size", *names, "export")] for s in found]
     assert found == qemu.info(disk)["snapshots"]
     assert ours == [
-        {"disk-size": 2 * MiB, "exclusive-size": 640 * KiB, "export": "weekly"},
-        {"disk-size": 3 * MiB, "exclusive-size": 64 * KiB, "export": "with space"},
+        [2 * MiB, 640 * KiB, 640 * KiB, 0, "weekly"],
+        [3 * MiB, 64 * KiB, 64 * KiB, 0, "with space"],
     ]
+
+
+def test_columns_in_which_nothing_stands_are_left_out(disk: Path) -> None:
+    lines = qcow2snap("list", disk).splitlines()
+    assert lines[0].split() == ["ID", "TAG", "DATE", "DISK", "SIZE", "EXCLUSIVE"]
+    first = qemu.snapshots(disk)["weekly"].entry_offset
+    damage.put64(disk, first + 24, 5_025_000_000)  # the VM clock
+    assert "00:00:05.025" in qcow2snap("list", disk).splitlines()[1]
+    assert "VM SIZE" not in qcow2snap("list", disk)
+
+
+def test_long_names_are_cut_on_a_terminal_only(disk: Path) -> None:
+    qemu.take(disk, "n" * 120)
+    name = "n" * 120
+    assert name in qcow2snap("list", disk)
+    for columns in (60, 80):
+        lines = on_terminal("list", disk, columns=columns)
+        assert {len(line) for line in lines} == {columns}
+        assert re.search(r"3   n{10,}… ", lines[3])
+        assert max(map(len, on_terminal("list", "--tree", disk, columns=columns)[:4])) <= columns
+    assert name in on_terminal("list", disk, columns=300)[3]
+    wide = on_terminal("list", "--wide", disk, columns=60)
+    assert name in wide[3]
+    assert "ICOUNT" in wide[0]
 
 
 def test_the_table_begins_as_qemu_imgs(disk: Path) -> None:
     theirs = qemu.run("qemu-img", "snapshot", "-l", disk).splitlines()[1:]
-    ours = qcow2snap("list", disk).splitlines()
+    ours = qcow2snap("list", "--wide", disk).splitlines()
     # QEMU 10 writes VM_SIZE where older ones write VM SIZE, and hours with four digits.
     theirs = [re.sub(r"\b00(?=\d\d:\d\d:\d\d\.)", "", x.replace("_", " ")) for x in theirs]
     assert ours[0].split() == [*theirs[0].split(), "DISK", "SIZE", "EXCLUSIVE"]
@@ -49,10 +76,61 @@ def test_the_table_begins_as_qemu_imgs(disk: Path) -> None:
     assert len({len(line) for line in ours}) == 1
 
 
-def test_no_snapshot_no_output(tmp_path: Path) -> None:
-    path = qemu.create(tmp_path / "disk.qcow2", MiB)
-    assert qcow2snap("list", path) == ""
+@pytest.mark.parametrize("data_file", [False, True])
+def test_no_snapshots_are_told(tmp_path: Path, data_file: bool) -> None:
+    options = {"data_file": tmp_path / "data"} if data_file else {}
+    path = qemu.create(tmp_path / "disk.qcow2", MiB, **options)
+    done = run("list", path)
+    why = ": QEMU keeps none in an image with an external data file" if data_file else ""
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"qcow2snap: '{path}' has no snapshots{why}\n"
     assert qcow2snap_json("list", path) == []
+
+
+# --- What deleting several frees; the other way round is in tests/tables/test_space.py ---
+
+
+def test_what_deleting_some_together_frees(disk: Path) -> None:
+    qemu.take(disk, "a,b")
+    qemu.io(disk, "write -P 3 0 1M")
+    assert "deleting 'weekly' frees 640 KiB" in qcow2snap("list", disk, "--free", "weekly")
+    copy = disk.with_name("copy")
+    shutil.copyfile(disk, copy)
+    before = allocated(copy)
+    qemu.delete(copy, "with space")
+    qemu.delete(copy, "a,b")
+    freed = before - allocated(copy)
+    assert freed == 9 * 64 * KiB + 2 * 64 * KiB  # what both have: no sum of two says it
+    for words in (["--free", "with space", "--free", "a,b"], ["--free=2,3"], ["--free", "3,,2,3"]):
+        assert qcow2snap_json("list", disk, *words) == [
+            {
+                "snapshots": ["2", "3"],
+                "freed-size": freed,
+                "freed-disk-size": freed,
+                "freed-vm-state-size": 0,
+            }
+        ]
+    said = qcow2snap("list", disk, "--free", "2,3")
+    assert said == "deleting 'with space', 'a,b' together frees 704 KiB\n"
+    assert "no snapshot 'x'" in fails("list", disk, "--free", "weekly,x")
+
+
+def test_names_are_words_that_choose_each(disk: Path) -> None:
+    for name in ("1", "weekly", "line\nfeed"):
+        qemu.take(disk, name)
+    words = qcow2snap("list", "--names", disk).splitlines()
+    assert words == ["1", "with space", "3", "4", "5"]
+    for number, word in enumerate(words, 1):
+        [freed] = qcow2snap_json("list", disk, "--free", word)
+        assert freed["snapshots"] == [str(number)]
+
+
+@pytest.mark.parametrize(
+    "words", [["--json", "--tree"], ["--wide", "--json"], ["--free", "1", "--tree"]]
+)
+def test_forms_that_do_not_go_together(disk: Path, words: list[str]) -> None:
+    done = run("list", disk, *words)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import damage, qemu
-from support.command import fails, qcow2snap, qcow2snap_json
+from support.command import fails, qcow2snap, qcow2snap_json, run
 from support.qemu import KiB, MiB, RandomImage
 from support.server import serve
 
@@ -75,6 +75,13 @@ def test_each_compressed_cluster_is_where_its_stream_is(disk: Path) -> None:
     assert [e["host"] for e in found] == [
         damage.stream(disk, "s", at)[0] for at in (256 * KiB, 320 * KiB)
     ]
+
+
+def test_without_a_snapshot_it_says_which_there_are(disk: Path) -> None:
+    done = run("map", disk)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name a SNAPSHOT, or @active for the active disk: it has 1 's': " in done.stderr
+    assert "no such file" in fails("map", disk.with_name("none"))
 
 
 def test_a_damaged_table_is_an_error(disk: Path) -> None:

@@ -18,7 +18,7 @@ from support.remote import remote, remote_tcp
 from support.running import eventually
 from support.server import command, refused, serve
 
-import qcow2snap_core
+from qcow2snap_core.image.opener import open_image
 
 SHAPES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -130,7 +130,7 @@ def test_a_new_snapshot_behind_the_end_of_a_moment_ago(
 ) -> None:
     """The size is asked for now and then; that is no reason to call what is new damaged."""
     monkeypatch.setattr("qcow2snap_core.storage.connections._SIZE_HOLDS_FOR", 1e6)
-    with remote("file", image) as server, qcow2snap_core.open(server.uri) as opened:
+    with remote("file", image) as server, open_image(server.uri) as opened:
         known = [s.name for s in opened.snapshots]
         for n in range(3):
             qemu.io(image, f"write -P {n + 1} 0 4M")

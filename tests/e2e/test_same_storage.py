@@ -1,6 +1,7 @@
 """An image is not overwritten through whatever the kernel can put between two names of its bytes.
 
-What device mapper and md do is in tests/test_samefile.py, and here where the machine has them.
+What device mapper and md do is in tests/storage/test_samefile.py, and here where the machine has
+them.
 """
 
 from __future__ import annotations

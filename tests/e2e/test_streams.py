@@ -266,7 +266,7 @@ def test_serve_leaves_nbdkit_its_abbreviations(disk):
 
 
 def test_options_are_not_abbreviated(disk):
-    assert "unknown option --js (is it --json?)" in shell('$Q list "$1" --js', disk).stderr
+    assert "unknown option --js (did you mean --json?)" in shell('$Q list "$1" --js', disk).stderr
 
 
 @pytest.mark.parametrize("layer", [1, 9, 10, 200, 9999])

@@ -7,6 +7,8 @@ freeze the filesystems of the machine that runs the tests.
 from __future__ import annotations
 
 import json
+import os
+import select
 import shlex
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbd
@@ -32,31 +35,62 @@ def disks(tmp_path: Path) -> list[Path]:
     return [qemu.create(tmp_path / name, 4 * MiB) for name in names]
 
 
-@pytest.fixture
-def qmp(disks: list[Path], tmp_path: Path) -> Iterator[Path]:
-    """The QMP socket of a running QEMU with both disks, as the nodes d0 and d1 and NBD exports.
-
-    It was started in the images' directory and knows them by relative names.
-    """
-    command = ["qemu-storage-daemon"]
-    for i, disk in enumerate(disks):
-        command += ["--blockdev", f"file,node-name=f{i},filename={disk.name}"]
+@contextmanager
+def storage_daemon(tmp_path: Path, files: list[str | Path], *options: str) -> Iterator[Path]:
+    """The QMP socket of a running QEMU that has been given these names of images, as the nodes
+    d0, d1 and NBD exports.  It was started in the test's folder, and has left it."""
+    command = ["qemu-storage-daemon", "--daemonize", *options]
+    for i, file in enumerate(files):
+        command += ["--blockdev", f"file,node-name=f{i},filename={file}"]
         command += ["--blockdev", f"qcow2,node-name=d{i},file=f{i}"]
-    command += ["--nbd-server", f"addr.type=unix,addr.path={tmp_path}/nbd"]
-    command += ["--export", "nbd,id=e0,node-name=d0,name=d0,writable=on"]
+        command += ["--export", f"nbd,id=e{i},node-name=d{i},name=d{i},writable=on"]
+    command[2:2] = ["--nbd-server", f"addr.type=unix,addr.path={tmp_path}/nbd"]
     command += ["--chardev", f"socket,path={tmp_path}/qmp,server=on,wait=off,id=c"]
     command += ["--monitor", "chardev=c", "--pidfile", f"{tmp_path}/pid"]
-    process = subprocess.Popen(command, cwd=tmp_path)
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    ended = os.pidfd_open(pid)
     try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "pid").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
         yield tmp_path / "qmp"
     finally:
-        process.terminate()
-        process.wait(20)
+        os.kill(pid, signal.SIGTERM)
+        assert select.select([ended], [], [], 20)[0]
+        os.close(ended)
+
+
+@pytest.fixture
+def qmp(disks: list[Path], tmp_path: Path) -> Iterator[Path]:
+    """A running QEMU that was given relative names."""
+    with storage_daemon(tmp_path, [disk.name for disk in disks]) as socket_path:
+        yield socket_path
+
+
+@contextmanager
+def relayed(tmp_path: Path) -> Iterator[Path]:
+    """Another socket that leads to QEMU's.  Who asks the kernel learns of this process instead, as
+    where libvirt has made the socket, or QEMU runs in a container."""
+    path = tmp_path / "relay"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=_relay, args=(server, tmp_path / "qmp"), daemon=True)
+        thread.start()
+        yield path
+        thread.join(20)
+
+
+def _relay(server: socket.socket, path: Path) -> None:
+    client, _ = server.accept()
+    with client, socket.socket(socket.AF_UNIX) as qemu_end:
+        qemu_end.connect(str(path))
+        other = {client: qemu_end, qemu_end: client}
+        while True:
+            for end in select.select(list(other), [], [])[0]:
+                data = end.recv(1 << 16)
+                if not data:
+                    return
+                other[end].sendall(data)
 
 
 class Agent:
@@ -107,7 +141,7 @@ def take(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str
 
 def read_through(command: str) -> bytes:
     """The bytes that a printed command serves, as a shell would run it."""
-    line = f"exec {command} --run 'nbdcopy \"$uri\" -'"
+    line = f"exec {command.strip()} -U - --run 'nbdcopy \"$uri\" -'"
     done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -124,17 +158,67 @@ def test_one_disk_with_what_the_guest_had_written(
     guest.pwrite(b"AFTER!" * 1000, 12345)
     guest.shutdown()
     assert shlex.split(command)[-2:] == [f"file={disks[0]}", "snapshot=nightly"]
-    assert read_through(command.strip())[12345 : 12345 + 6000] == b"before" * 1000
-    assert list(qemu.snapshots(disks[0])) == ["nightly"]
+    served = read_through(command)
+    assert served[12345 : 12345 + 6000] == b"before" * 1000
+    assert served == qemu.content(disks[0], "nightly")
+
+
+@pytest.mark.parametrize("name", ["first.qcow2", "link", "../{folder}/first.qcow2"])
+def test_the_command_serves_the_file_that_qemu_has_open(
+    disks: list[Path], tmp_path: Path, name: str
+) -> None:
+    """By whatever name, which means nothing in the directory that QEMU is in by now."""
+    (tmp_path / "link").symlink_to("first.qcow2")
+    with storage_daemon(tmp_path, [name.format(folder=tmp_path.name), disks[1].name]) as qmp:
+        command = take("--qmp", qmp, "--device", "d0", "nightly").stdout
+        assert read_through(command) == qemu.content(disks[0], "nightly")
+
+
+def test_a_file_that_has_lost_its_name(qmp: Path, disks: list[Path]) -> None:
+    disks[0].rename(disks[0].with_name("gone"))
+    qemu.create(disks[0], 4 * MiB)  # another one has it now
+    command = take("--qmp", qmp, "--device", "d0", "x").stdout
+    assert read_through(command) == qemu.content(disks[0].with_name("gone"), "x")
+    disks[0].with_name("gone").unlink()
+    done = take("--qmp", qmp, "--device", "d0", "y")
+    assert done.stdout == ""
+    assert "has no name here: it was " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_qemu_whose_open_files_cannot_be_seen(
+    disks: list[Path], tmp_path: Path, absolute: bool
+) -> None:
+    """An absolute name counts if the snapshot is in that file; a relative one is not guessed."""
+    name = disks[0] if absolute else disks[0].name
+    with storage_daemon(tmp_path, [name]), relayed(tmp_path) as relay:
+        done = take("--qmp", relay, "--device", "d0", "x")
+    if absolute:
+        assert read_through(done.stdout) == qemu.content(disks[0], "x")
+    else:
+        assert done.stdout == ""
+        assert done.stderr == (
+            "qcow2snap: the snapshot 'x' of 'd0' was taken, but where QEMU has 'first.qcow2' is "
+            "not known: no file that it has open can be read from here and has it\n"
+        )
 
 
 @pytest.mark.parametrize("how", [["--device", "d0", "--device", "d1"], ["--device", "d0", "d1"]])
 def test_several_disks_at_one_instant(qmp: Path, disks: list[Path], how: list[str]) -> None:
     commands = take("--qmp", qmp, *how, "it's one").stdout.splitlines()
     assert [shlex.split(c)[-2] for c in commands] == [f"file={d}" for d in disks]
-    for command in commands:
+    for command, disk in zip(commands, disks, strict=True):
         assert command.startswith("nbdkit ")
-        assert len(read_through(command)) == 4 * MiB
+        assert read_through(command) == qemu.content(disk, "it's one")
+
+
+def test_what_is_before_the_name_is_a_device(qmp: Path) -> None:
+    line = take("--qmp", qmp, "--device", "d0", "weekly", "nightly", status=1).stderr
+    assert line.endswith(
+        "no device 'weekly': its qcow2 ones are d0, d1; "
+        "a snapshot has one name, what is before it is a device\n"
+    )
 
 
 def test_all_or_none(qmp: Path, disks: list[Path]) -> None:

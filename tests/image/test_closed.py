@@ -19,9 +19,9 @@ from support.qemu import KiB, MiB
 from support.remote import remote
 from support.server import ROOT
 
-import qcow2snap_core
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.image import Image
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.storage.local import open_storage
 from qcow2snap_core.storage.locks import LockGuard
 
@@ -44,14 +44,14 @@ def path(tmp_path: Path) -> Path:
 def opened(request: pytest.FixtureRequest, path: Path, tmp_path: Path) -> Iterator[Image]:
     """The same image in every kind of storage."""
     if request.param == "file":
-        yield qcow2snap_core.open(str(path))
+        yield open_image(str(path))
     elif request.param == "device":
         (tmp_path / "device").mkdir()
         with loop_device(tmp_path / "device", path.read_bytes().ljust(8 * MiB, b"\0")) as device:
-            yield qcow2snap_core.open(str(device), allow_dirs=["/"])
+            yield open_image(str(device), Options(allow_dirs=["/"]))
     else:
         with remote("file", path) as server:
-            yield qcow2snap_core.open(server.uri, allow_dirs=["/"])
+            yield open_image(server.uri, Options(allow_dirs=["/"]))
 
 
 # Each gets the image and the disk that were open, and what was made of them before the end.
@@ -158,7 +158,7 @@ def test_no_byte_of_the_next_file_below_concurrent_reads(
     sys.setswitchinterval(1e-5)  # as many moments as there can be
     try:
         for _ in range(50):
-            image = qcow2snap_core.open(str(path))
+            image = open_image(str(path))
             disk = image.snapshot("s") if which == "snapshot" else image.active_disk()
             read = lambda disk=disk: disk.pread(8, 64) + disk.pread(8, MiB)  # noqa: E731
             assert read_until_closed(image, read, others) == {OURS * 16}
@@ -168,17 +168,17 @@ def test_no_byte_of_the_next_file_below_concurrent_reads(
 
 def test_reads_of_a_remote_file_under_way_end_too(path: Path) -> None:
     with remote("--filter=delay", "file", path, "delay-read=5ms") as server:
-        image = qcow2snap_core.open(server.uri, allow_dirs=["/"])
+        image = open_image(server.uri, Options(allow_dirs=["/"]))
         disk = image.active_disk()
         assert read_until_closed(image, lambda: disk.pread(8, 64), []) == {OURS * 8}
 
 
 def test_the_number_is_given_back_in_the_end(path: Path) -> None:
-    qcow2snap_core.open(str(path)).close()  # what is opened once for all
+    open_image(str(path)).close()  # what is opened once for all
     gc.collect()  # what earlier tests have left
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with qcow2snap_core.open(str(path)) as image:
+        with open_image(str(path)) as image:
             disk = image.snapshot("s")
         assert sorted(os.listdir("/proc/self/fd")) != before  # it is still taken
         numbers = set(os.listdir("/proc/self/fd")) - set(before)

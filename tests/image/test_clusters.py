@@ -12,10 +12,10 @@ from support.devices import opened
 from support.qemu import KiB, MiB, content, create, io, patch, peek, run, take
 from support.refcounts import set_refcount
 
-import qcow2snap_core
 from qcow2snap_core.decode.codecs import Zlib, Zstd
 from qcow2snap_core.errors import ImageError
 from qcow2snap_core.image.clusters import Clusters, fill_zeros
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.findings import BAD_ENTRY
 from qcow2snap_core.util.cache import BoundedCache
@@ -94,14 +94,14 @@ def test_what_is_cut_off_is_lost_though_qemu_reads_zeros(tmp_path, kept):
     take(path, "s")
     end = to_the_end(path, kept)
     data = b"\x09" * kept
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert content(path, "s") == data.ljust(MiB, b"\0")
         assert disk.pread(kept, 0) == data
         assert list(disk.extents(0, kept)) == ([(0, kept, 0)] if kept else [])
         assert disk.pread(MiB - SIZE, SIZE) == bytes(MiB - SIZE)
         if kept == SIZE:
-            assert check(image) == []
+            assert not any(f.is_damage for f in check(image))
             return
         how = "is cut off at" if kept else "lies past"
         said = f"guest offset 0x0: .* host offset {end:#x} {how} the end of the file"
@@ -118,7 +118,7 @@ def test_what_is_cut_off_is_lost_though_qemu_reads_zeros(tmp_path, kept):
 
 def to_the_end(path, kept):
     """Move the data of the first guest cluster behind all else, so many bytes of it; where to."""
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         host = next(image.snapshot("s").ranges(0, 512)).host
     whole = path.read_bytes()
     end = -(-len(whole) // SIZE) * SIZE
@@ -145,10 +145,10 @@ def test_qemu_writes_the_whole_of_its_last_cluster(tmp_path, options, unaligned)
     run("qemu-img", "resize", "-q", path, 2 * MiB)
     io(path, "discard 0 1M")  # so that the snapshot's tables have room before that cluster
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.pread(2 * MiB, 0) == content(path, "s")
-        assert check(image) == []
+        assert not any(f.is_damage for f in check(image))
 
 
 # --- Compressed clusters ---
@@ -234,7 +234,7 @@ def test_the_end_of_the_last_stream(tmp_path, compression):
     served = set()
     for size in (end, end + 1, end - 1, end - 2, end - 3, end - 4, offset + 1, offset):
         path.write_bytes(whole[:size].ljust(size, b"\0"))
-        with qcow2snap_core.open(str(path)) as image:
+        with open_image(str(path)) as image:
             disk = image.snapshot("s")
             assert disk.pread(128 * KiB, 0) == expected[: 128 * KiB]
             if size > offset:
@@ -251,7 +251,7 @@ def test_the_end_of_the_last_stream(tmp_path, compression):
         assert content(path, "s") == expected
     assert served == {end, end + 1}
     path.write_bytes(whole)
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         found = [f for f in check(image) if f.problem == BAD_ENTRY]
         assert [(f.snapshots, "cut off" in f.message) for f in found] == [(("1", "@active"), True)]
 
@@ -289,7 +289,7 @@ def test_streams_are_where_qemu_put_them(tmp_path, bits):
     form = ["-c", "-O", "qcow2", "-o", f"cluster_size={size}"]
     run("qemu-img", "convert", "-f", "raw", *form, raw, path)
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.pread(5 * size, 0) == raw.read_bytes()
         assert disk.pread(300, size - 150) == raw.read_bytes()[size - 150 : size + 150]

@@ -10,10 +10,10 @@ import pytest
 from support.devices import opened
 from support.qemu import KiB, MiB, content, create, delete, io, take
 
-import qcow2snap_core
 from qcow2snap_core import Error, ImageError
 from qcow2snap_core.errors import SnapshotGone
 from qcow2snap_core.image.layers import RawLayer
+from qcow2snap_core.image.opener import open_image
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def disk(tmp_path):
     path = create(tmp_path / "disk.qcow2", 128 * KiB)
     io(path, "write -P 7 64k 64k")
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         yield image.snapshot("s")
 
 
@@ -44,7 +44,7 @@ def test_nothing_can_be_read_anywhere_up_to_the_end(disk, offset):
 def test_nothing_can_be_read_at_the_end_of_an_l1_table(tmp_path):
     path = create(tmp_path / "disk.qcow2", 2 * MiB, cluster_size=4 * KiB)
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert disk.reach == disk.size == 2 * MiB
         for _ in range(2):  # without and with a proof that it is still there
@@ -64,7 +64,7 @@ def test_a_buffer_of_any_kind_is_filled_with_its_bytes(tmp_path, kind, way):
     take(path, "s")
     expected = content(path, "s")
     at, length = (100, 800) if way != "several" else (64 * KiB - 400, 65 * KiB + 400)
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         for _ in range(2):
             buffer = array(kind, b"x" * length)
@@ -79,7 +79,7 @@ def test_a_plan_from_the_tables_is_of_a_snapshot_that_is_there(tmp_path):
     path = create(tmp_path / "disk.qcow2", MiB)
     io(path, "write -P 7 64k 64k")
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         assert list(disk.own()) == [(64 * KiB, 64 * KiB, 0)]
         delete(path, "s")
@@ -94,7 +94,7 @@ def over_raw(tmp_path):
     base.write_bytes(b"b" * 192 * KiB)
     path = create(tmp_path / "disk.qcow2", 256 * KiB, backing=("base.raw", "raw"))
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         yield image.snapshot("s"), base
 
 
@@ -122,11 +122,11 @@ def test_the_error_names_the_damaged_cluster_and_not_the_start_of_the_request(tm
     path = create(tmp_path / "disk.qcow2", MiB)
     io(path, "write -P 7 0 256k")
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         last = next(image.snapshot("s").ranges(192 * KiB, 512)).host
     entry = (1 << 63 | last).to_bytes(8, "big")[1:]
     path.write_bytes(path.read_bytes().replace(entry, (last | 2).to_bytes(8, "big")[1:]))
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("s")
         for use in (lambda: disk.pread(256 * KiB, 0), lambda: list(disk.extents(0, 256 * KiB))):
             with pytest.raises(ImageError, match="guest offset 0x30000: the L2 entry .* reserved"):

@@ -12,9 +12,9 @@ import pytest
 from support.qemu import KiB, MiB, create, delete, field64, io, patch, run, snapshots, take
 from support.tables import Entry
 
-import qcow2snap_core
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core.format import ondisk as q
+from qcow2snap_core.image.opener import open_image
 
 # What the served snapshot holds, 64 KiB each.
 DATA, COMPRESSED, ZERO, HOLE = 0, 64 * KiB, 128 * KiB, 192 * KiB
@@ -41,7 +41,7 @@ def path(tmp_path, original):
 
 @pytest.fixture
 def disk(path):
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         yield image.snapshot("served")
 
 
@@ -149,7 +149,7 @@ def test_an_old_entry_may_get_more_extra_data(tmp_path):
     real = snapshots(path)["served"]
     old = Entry(b"2", b"served", real.l1_table_offset, real.l1_size)
     patch(path, real.entry_offset, old.pack())
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("served")
         before = snapshots(path)["served"].entry_length
         assert disk.pread(512, 0) == b"\1" * 512
@@ -229,7 +229,7 @@ DAMAGES = {
 def test_a_damage_that_lasts_is_waited_for_once(path, kind):
     """It may be a table that QEMU is writing; one that is the same again is not."""
     whole = path.read_bytes()
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("served")
         assert_served(disk)
         looks = Looks(image)
@@ -248,8 +248,8 @@ def test_a_damage_that_lasts_is_waited_for_once(path, kind):
 
 def test_readers_of_a_damaged_image_wait_for_it_together(path):
     with (
-        qcow2snap_core.open(str(path)) as image,
-        qcow2snap_core.open(str(path)) as other,
+        open_image(str(path)) as image,
+        open_image(str(path)) as other,
     ):
         disk, lonely = image.snapshot("served"), other.snapshot("served")
         looks = Looks(image)
@@ -278,7 +278,7 @@ def test_the_reason_for_a_failed_read_is_that_the_snapshot_is_gone(path, disk):
 
 
 def test_an_image_lists_what_there_is_now(path):
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         take(path, "new")
         assert image.snapshot("new").pread(512, 0) == b"\3" * 512
         delete(path, "new")

@@ -15,9 +15,9 @@ from support import qemu, secret
 from support.qemu import KiB, MiB, as_active, create, delete, io, patch, take
 from support.server import ROOT
 
-import qcow2snap_core
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core._native import loaded
+from qcow2snap_core.image.opener import Options, open_image
 
 pytestmark = pytest.mark.skipif(loaded.ENGINE is None, reason=loaded.MISSING or "not wanted")
 
@@ -103,14 +103,14 @@ def requests(seed, count=300, *, align=1):
 def without_engine(monkeypatch, path, **options):
     with monkeypatch.context() as m:
         m.setattr(loaded, "ENGINE", None)
-        return qcow2snap_core.open(str(path), **options)
+        return open_image(str(path), Options(**options))
 
 
 def compare(path, monkeypatch, *, align=1, **options):
     """Every request alike; returns how many of how many the engine answered at the second try."""
     count = 0
     with (
-        qcow2snap_core.open(str(path), **options) as fast,
+        open_image(str(path), Options(**options)) as fast,
         without_engine(monkeypatch, path, **options) as slow,
     ):
         with monkeypatch.context() as m:
@@ -147,15 +147,16 @@ def test_sectors_are_decrypted_as_python_does(tmp_path, monkeypatch, form):
     for at in range(0, SIZE, 256 * KiB):
         secret.io(path, (SECRET,), f"write -P {1 + at // KiB % 251} {at} 100k")
     secret.take(path, (SECRET,), "s")
-    assert compare(path, monkeypatch, align=512, passphrase=SECRET) == 300
-    assert compare(path, monkeypatch, passphrase=SECRET) < 300  # odd offsets are Python's
+    secrets = {0: SECRET.encode()}
+    assert compare(path, monkeypatch, align=512, passphrases=secrets) == 300
+    assert compare(path, monkeypatch, passphrases=secrets) < 300  # odd offsets are Python's
 
 
 @pytest.fixture
 def image(tmp_path):
     path = plain(tmp_path)
     take(path, "s")
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         yield opened
 
 
@@ -225,7 +226,7 @@ def test_an_entry_that_is_not_sound_is_handed_back(tmp_path, word):
         "compressed": entry | 1 << 62,
     }
     patch(path, l2, bad[word].to_bytes(8, "big"))
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         disk = opened.snapshot("s")
         disk.pread(64 * KiB, MiB)  # loads the slice
         assert disk.reader.read(bytearray(512), MiB)

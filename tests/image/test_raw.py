@@ -11,8 +11,8 @@ import shutil
 import pytest
 from support.qemu import KiB, MiB, RandomImage, content, create, delete, patch, take
 
-import qcow2snap_core
 from qcow2snap_core import ImageError, SnapshotGone
+from qcow2snap_core.image.opener import open_image
 
 SIZE = 2 * MiB + 512
 
@@ -31,7 +31,7 @@ def expected(path):
 
 @pytest.fixture
 def file(path):
-    with qcow2snap_core.open(str(path)) as image, image.snapshot("one").raw() as file:
+    with open_image(str(path)) as image, image.snapshot("one").raw() as file:
         yield file
 
 
@@ -132,7 +132,7 @@ def test_a_closed_file_refuses(file, use):
 
 
 def test_two_file_objects_have_positions_of_their_own(path, expected):
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         disk = image.snapshot("one")
         a, b = disk.raw(), disk.raw()
         a.seek(100)
@@ -171,7 +171,7 @@ def empty(tmp_path):
 
 def test_the_end_is_the_end_whatever_the_start_is(empty):
     """An end of file costs no look-up in the tables."""
-    with qcow2snap_core.open(str(empty)) as image:
+    with open_image(str(empty)) as image:
         file = image.snapshot("s").raw()
         patch(empty, image.snapshots[0].l1_table_offset, (1 << 62 | 1).to_bytes(8, "big"))
         with pytest.raises(ImageError, match="L1 entry 0"):
@@ -182,7 +182,7 @@ def test_the_end_is_the_end_whatever_the_start_is(empty):
 
 @pytest.mark.parametrize("position", [0, 256 * KiB])
 def test_a_deleted_snapshot_is_gone_to_the_last_byte(empty, position):
-    with qcow2snap_core.open(str(empty)) as image:
+    with open_image(str(empty)) as image:
         file = image.snapshot("s").raw()
         file.seek(position)
         delete(empty, "s")

@@ -1,4 +1,4 @@
-"""The names under which snapshots are exported: every rule of the contract."""
+"""The names under which snapshots are exported: every rule of the README's "Exports"."""
 
 from __future__ import annotations
 

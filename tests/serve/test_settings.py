@@ -142,9 +142,9 @@ def test_the_backing_format_is_for_an_image_that_records_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "cache", "default"),
-    [("l2-cache-size", "tables", 32 * MiB), ("cluster-cache-size", "clusters", 64 * MiB)],
+    [("l2-cache-size", "l2_cache", 32 * MiB), ("cluster-cache-size", "cluster_cache", 64 * MiB)],
 )
 def test_the_caches_have_the_size_that_was_asked_for(disk, key, cache, default):
     for pairs, expected in (([], default), ([(key, "3M")], 3 * MiB), ([(key, "0")], 0)):
         with given(("file", disk), *pairs).open_image() as image:
-            assert getattr(image._chain, cache).limit == expected
+            assert getattr(image.options, f"{cache}_size") == expected

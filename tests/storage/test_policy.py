@@ -11,8 +11,8 @@ import pytest
 from support.devices import attached, loop_device, opened
 from support.qemu import KiB, create, run
 
-import qcow2snap_core
 from qcow2snap_core.errors import UsageError
+from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.storage.policy import Policy, _lies_in
 
 
@@ -249,10 +249,10 @@ def test_each_layer_trusts_its_own_directory_only(tmp_path):
     run("qemu-img", "snapshot", "-c", "s", chain[2])
     allowed = []
     for needed in ("middle", "base"):
-        with pytest.raises(UsageError, match=f"allow-dir={tmp_path / needed} "):
-            qcow2snap_core.open(str(chain[2]), allow_dirs=allowed)
+        with pytest.raises(UsageError, match=f"allow_dirs=.'{tmp_path / needed}'"):
+            open_image(str(chain[2]), Options(allow_dirs=allowed))
         allowed.append(str(tmp_path / needed))
-    with qcow2snap_core.open(str(chain[2]), allow_dirs=allowed) as image:
+    with open_image(str(chain[2]), Options(allow_dirs=allowed)) as image:
         assert image.snapshot("s").pread(512, 0) == bytes(512)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,3 +72,24 @@ def run(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Complet
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
     )
+
+
+def on_terminal(*arguments: object, columns: int = 80) -> list[str]:
+    """The lines that it shows on a terminal of that width."""
+    into, out = pty.openpty()
+    fcntl.ioctl(out, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    line = [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)]
+    with subprocess.Popen(
+        line, stdin=out, stdout=out, stderr=subprocess.PIPE, cwd=ROOT, env=environment
+    ) as process:
+        os.close(out)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(into, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+    os.close(into)
+    assert process.returncode == 0
+    return shown.decode().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 from collections.abc import Callable
@@ -14,17 +15,18 @@ from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import set_refcount
 from support.tables import Entry, write_table
 
-import qcow2snap_core
-from qcow2snap_core.format.refcounts import Uses
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.check import check
 from qcow2snap_core.tables.findings import (
     BAD_ENTRY,
     BAD_TABLE,
     IN_PLACE,
+    LEAK,
     NOT_COUNTED,
     OVERLAP,
     Finding,
 )
+from qcow2snap_core.tables.tally import Uses
 
 CLUSTER = 4 * KiB
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def found(path: Path, snapshot: str | None = None) -> list[Finding]:
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         chosen = next((s for s in image.snapshots if s.name == snapshot), None)
         return check(image, chosen)
 
@@ -156,7 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, set[str]]] = {
 def test_damage_is_found_and_whose_it_is(disk: Path, name: str) -> None:
     harm, problem, owners = DAMAGES[name]
     harm(disk)
-    findings = found(disk)
+    findings = [f for f in found(disk) if f.is_damage]
     if problem:
         assert qemu_finds(disk)
         assert problem in {f.problem for f in findings}
@@ -207,9 +209,34 @@ def test_every_width_of_refcounts(tmp_path: Path, width: int) -> None:
     assert qemu_finds(path)
 
 
-def test_leaks_are_no_damage(disk: Path) -> None:
-    set_refcount(disk, host(disk, "one", 0) // CLUSTER, 5)
-    assert found(disk) == []
+def qemu_leaks(path: Path) -> int:
+    done = subprocess.run(
+        ["qemu-img", "check", "--output=json", path], capture_output=True, check=False
+    )
+    return int(json.loads(done.stdout).get("leaks", 0))
+
+
+@pytest.mark.parametrize(("shape", "leaked"), [("plain", 9), ("512", 40), ("refcounts-64", 4)])
+def test_leaks_are_counted_as_qemu_counts_them(tmp_path: Path, shape: str, leaked: int) -> None:
+    """Some of clusters in use, some behind them where nothing is in use for long."""
+    image = RandomImage(tmp_path / "disk.qcow2", 4, **SHAPES[shape])
+    image.make()
+    cluster = struct.unpack(">I", qemu.peek(image.path, 20, 4))[0]
+    used = image.path.stat().st_size >> cluster
+    for n in range(leaked):
+        set_refcount(image.path, used - 5 + n, 7)
+    with open(image.path, "r+b") as f:
+        f.truncate(used - 3 + leaked << cluster)
+    [finding] = found(image.path)
+    assert (finding.problem, finding.is_damage) == (LEAK, False)
+    assert finding.clusters == qemu_leaks(image.path) >= leaked - 2
+    assert found(image.path, "two") == []
+
+
+def test_what_is_behind_damage_is_no_leak(disk: Path) -> None:
+    l1(damage.END_OF_FILE)(disk)
+    assert qemu_leaks(disk)
+    assert all(f.is_damage for f in found(disk))
 
 
 def test_tables_on_one_another(disk: Path) -> None:
@@ -262,10 +289,10 @@ def test_an_entry_that_no_qemu_writes(disk: Path, name: str) -> None:
         assert all(words in f.message for f in findings)
         assert [f.message for f in findings if "entry 2 of the snapshot table" in f.message]
     else:
-        assert findings == []
+        assert not [f for f in findings if f.is_damage]
     assert qemu_finds(disk) == qemu_sees
     # What concerns one of them is told when that is asked for.
-    with qcow2snap_core.open(str(disk)) as image:
+    with open_image(str(disk)) as image:
         for s in image.snapshots:
             its = [f.message for f in findings if s.name[:3] in f.message]
             assert [f.message for f in check(image, s)] == its

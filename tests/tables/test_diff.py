@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from support import damage, qemu
 from support.qemu import GiB, KiB, MiB, RandomImage
 
-import qcow2snap_core
 from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent
+from qcow2snap_core.image.opener import open_image
 from qcow2snap_core.tables.diff import changes
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def test_it_makes_the_new_one_of_the_old(
         backing = (below.path.name, "qcow2")
     image = RandomImage(tmp_path / "disk.qcow2", seed, backing=backing, **keys)
     names = image.make(operations=8)
-    with qcow2snap_core.open(str(image.path)) as opened:
+    with open_image(str(image.path)) as opened:
         disks = [opened.snapshot(name) for name in names] + [opened.active_disk()]
         for old, new in itertools.permutations(disks, 2):
             assert assert_makes(old, new)
@@ -85,7 +85,7 @@ def test_sizes_that_differ(tmp_path: Path, options: dict[str, object]) -> None:
         qemu.take(path, f"s{n}")
         names.append(f"s{n}")
         qemu.run("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", path, size)
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         disks = [opened.snapshot(name) for name in names] + [opened.active_disk()]
         for old, new in itertools.permutations(disks, 2):
             found = assert_makes(old, new)
@@ -115,7 +115,7 @@ def test_each_kind_of_change(
     qemu.take(path, "old")
     qemu.io(path, *between)
     qemu.take(path, "new")
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         found = assert_makes(opened.snapshot("old"), opened.snapshot("new"))
     assert found == ([] if kind is None else [(0, 64 * KiB, kind)])
 
@@ -129,7 +129,7 @@ def test_what_is_unallocated_now_is_the_backing_files(tmp_path: Path, below: int
     qemu.take(path, "nothing")
     qemu.io(path, "write -P 1 0 64k")
     qemu.take(path, "data")
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         found = assert_makes(opened.snapshot("data"), opened.snapshot("nothing"))
     assert found == [(0, 64 * KiB, below)]
 
@@ -196,7 +196,7 @@ def test_any_entries(table_image: Path, rows: list[tuple[int, int, int, int]]) -
         for n in range(COUNT)
         if meaning(olds[n]) != meaning(news[n])
     }
-    with qcow2snap_core.open(str(table_image)) as opened:
+    with open_image(str(table_image)) as opened:
         found = list(changes(opened.snapshot("old"), opened.snapshot("new")))
     listed = {
         n: e.type
@@ -217,7 +217,7 @@ def test_shared_tables_are_not_read(tmp_path: Path) -> None:
     qemu.io(path, "write -P 2 1G 64k")
     qemu.take(path, "new")
     qemu.patch(path, damage.l2_table(path, "old", 0), b"\x7f" * 64 * KiB)
-    with qcow2snap_core.open(str(path)) as opened:
+    with open_image(str(path)) as opened:
         found = list(changes(opened.snapshot("old"), opened.snapshot("new")))
         with pytest.raises(ImageError, match="guest offset 0x0"):
             opened.snapshot("new").pread(512, 0)
@@ -232,7 +232,7 @@ def test_damage_is_an_error(tmp_path: Path, snapshot: str) -> None:
         qemu.take(path, name)
     damage.put64(path, damage.l1_entry(path, snapshot, 0), damage.END_OF_FILE)
     with (
-        qcow2snap_core.open(str(path)) as opened,
+        open_image(str(path)) as opened,
         pytest.raises(ImageError, match=f"'{snapshot}'.*guest offset 0x0.*past the end"),
     ):
         list(changes(opened.snapshot("old"), opened.snapshot("new")))
@@ -245,7 +245,7 @@ def test_nothing_is_said_of_a_snapshot_that_was_deleted(tmp_path: Path, gone: st
         qemu.io(path, "write -P 1 0 128k")
         qemu.take(path, name)
     copy = shutil.copyfile(path, tmp_path / "copy.qcow2")
-    with qcow2snap_core.open(str(copy)) as opened:
+    with open_image(str(copy)) as opened:
         found = changes(opened.snapshot("old"), opened.snapshot("new"))
         qemu.delete(copy, gone)
         with pytest.raises(SnapshotGone, match=f"'{gone}'"):

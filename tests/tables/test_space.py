@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 from support import damage, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.refcounts import allocated
+from support.vm import machine
 
-import qcow2snap_core
 from qcow2snap_core.image.image import Image
-from qcow2snap_core.tables.space import exclusive_sizes
+from qcow2snap_core.image.opener import open_image
+from qcow2snap_core.tables.space import exclusive_sizes, freed_together
 
+CLUSTER = 64 * KiB
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "v2": {"options": {"compat": "0.10"}},
@@ -29,14 +33,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def sizes(image: Image) -> dict[str, int | None]:
     snapshots = image.snapshots
-    return dict(zip([s.name for s in snapshots], exclusive_sizes(image, snapshots), strict=True))
+    found = [freed and freed.size for freed in exclusive_sizes(image, snapshots)]
+    return dict(zip([s.name for s in snapshots], found, strict=True))
+
+
+def size_together(image: Image, names: tuple[str, ...]) -> int | None:
+    snapshots = image.snapshots
+    chosen = {s.identity for s in snapshots if s.name in names}
+    freed = freed_together(image, snapshots, chosen)
+    return freed and freed.size
 
 
 def assert_freed(path: Path) -> None:
-    """Every snapshot is deleted in a copy of its own, then all in turn in another."""
-    with qcow2snap_core.open(str(path)) as image:
+    """Every snapshot is deleted in a copy of its own, and pairs, and all; then all in turn."""
+    with open_image(str(path)) as image:
         said = sizes(image)
+        sets = [*islice(combinations(said, 2), 4), tuple(said)]
+        together = {names: size_together(image, names) for names in sets}
     copy = path.with_name("copy.qcow2")
+    for names, size in together.items():
+        shutil.copyfile(path, copy)
+        before = allocated(copy)
+        for name in names:
+            qemu.delete(copy, name)
+        assert before - allocated(copy) == size, names
     for name, size in said.items():
         shutil.copyfile(path, copy)
         before = allocated(copy)
@@ -44,7 +64,7 @@ def assert_freed(path: Path) -> None:
         assert before - allocated(copy) == size, name
     shutil.copyfile(path, copy)
     for name in said:
-        with qcow2snap_core.open(str(copy)) as image:
+        with open_image(str(copy)) as image:
             size = sizes(image)[name]
         before = allocated(copy)
         qemu.delete(copy, name)
@@ -68,7 +88,7 @@ def test_clusters_that_only_two_snapshots_share_are_nobodys_own(tmp_path: Path) 
     qemu.io(path, "write -P 2 0 64k")
     qemu.take(path, "two")
     qemu.io(path, "write -P 3 0 128k")
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         # An L1 and an L2 table each; of the data, the first cluster.
         assert sizes(image) == {"one": 3 * 64 * KiB, "two": 3 * 64 * KiB}
     assert_freed(path)
@@ -108,5 +128,36 @@ def test_damage_leaves_open_what_depends_on_it(tmp_path: Path, snapshot: str) ->
         qemu.io(path, "write -P 1 0 128k")
         qemu.take(path, name)
     damage.put64(path, damage.l1_entry(path, snapshot, 0), damage.END_OF_FILE)
-    with qcow2snap_core.open(str(path)) as image:
+    with open_image(str(path)) as image:
         assert sizes(image)[snapshot] is None
+
+
+def clusters_of_vm_state(path: Path, name: str) -> int:
+    """By qemu-img map of the disk that goes on over the state: data, and the L2 tables to it."""
+    copy = qemu.as_active(path, name, vm_state=True)
+    size = -(-qemu.snapshots(path)[name].disk_size // CLUSTER) * CLUSTER
+    per_table = CLUSTER // 8 * CLUSTER
+    base = -(-size // per_table) * per_table
+    entries = json.loads(qemu.run("qemu-img", "map", "--output=json", copy))
+    data = [e for e in entries if e["data"] and e["start"] + e["length"] > base]
+    found = sum(-(-(e["start"] + e["length"] - max(base, e["start"])) // CLUSTER) for e in data)
+    return found + len({at // per_table for e in data for at in (max(base, e["start"]),)})
+
+
+def test_the_space_of_vm_states_is_told_apart(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", 3 * MiB)
+    qemu.io(path, "write -P 5 0 1M")
+    with machine(path) as vm:
+        vm.save("one")
+        vm.save("two")
+    qemu.io(path, "write -P 6 0 512k")
+    with open_image(str(path)) as image:
+        snapshots = image.snapshots
+        for s, freed in zip(snapshots, exclusive_sizes(image, snapshots), strict=True):
+            assert freed is not None
+            assert freed.vm_state == clusters_of_vm_state(path, s.name) * CLUSTER > 0
+        both = freed_together(image, snapshots, {s.identity for s in snapshots})
+        assert both is not None
+        assert both.vm_state == sum(clusters_of_vm_state(path, s.name) for s in snapshots) * CLUSTER
+        assert both.disk > 512 * KiB
+    assert_freed(path)

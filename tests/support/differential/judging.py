@@ -39,6 +39,10 @@ def damaged(found: dict[str, object]) -> bool:
 def _compare(world: World, path: Path, found: dict[str, object], what: str) -> None:
     status, said = world.command("check", path, *world.keys, statuses=(0, _DAMAGED))
     if (status == _DAMAGED) == damaged(found):
+        if not status and not world.dirty:
+            leaks = sum(e.get("clusters", 0) for e in world.json("check", path))
+            if leaks != found["leaks"]:
+                raise Different(f"check{what}: {leaks} leaked clusters; QEMU: {found['leaks']}")
         return
     # QEMU also calls it an error when it may write in place (COPIED) to a cluster that is counted
     # more than once, though all but one are leaks: a snapshot that it could not take leaves those.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
 from typing import Final, NamedTuple
 
 from ..errors import escaped
+from ..tables.findings import ACTIVE
 from ..tables.sharing import Holds, Picture, Strip
 from ..util.units import binary
-from .common import ACTIVE
+from .text import can_print
 
 
 class _Look(NamedTuple):
@@ -44,26 +44,18 @@ def _look(holds: Holds) -> _Look:
     return _NEWER if Holds.NEWER in holds else _NOTHING
 
 
-def text(found: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def text(picture: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines: of each row its columns and its strip, and what the characters mean."""
-    encodable = _can_print("".join(look.line for look in _LOOKS))
+    encodable = can_print("".join(look.line for look in _LOOKS))
     used = set()
-    for row, strip in zip(rows, found.strips, strict=True):
+    for row, strip in zip(rows, picture.strips, strict=True):
         looks = [_look(holds) for holds in strip.cells]
         used.update(looks)
         drawn = "".join(look.line if encodable else look.ascii for look in looks)
         yield "  ".join([*row, drawn])
     signs = [look for look in _LOOKS if look in used]
-    yield f"each character is {binary(found.cell)}:"
+    yield f"each character is {binary(picture.cell)}:"
     yield "  ".join(f"{x.line if encodable else x.ascii} {x.meaning}" for x in signs)
-
-
-def _can_print(characters: str) -> bool:
-    try:
-        characters.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 _HEIGHT: Final = 18
@@ -72,11 +64,11 @@ _LABELS: Final = 180
 _WIDTH: Final = 1024
 
 
-def svg(found: Picture, title: str) -> Iterator[str]:
+def svg(picture: Picture, title: str) -> Iterator[str]:
     """The lines of an SVG picture of all strips."""
-    cells = max(len(strip.cells) for strip in found.strips)
+    cells = max(len(strip.cells) for strip in picture.strips)
     step = _WIDTH / max(1, cells)
-    rows = len(found.strips)
+    rows = len(picture.strips)
     legend = 30 + rows * (_HEIGHT + _GAP) + 14
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LABELS + _WIDTH + 10}" '
@@ -84,11 +76,11 @@ def svg(found: Picture, title: str) -> Iterator[str]:
     )
     yield f"<title>{escape(escaped(title))}</title>"
     yield '<rect width="100%" height="100%" fill="white"/>'
-    size = binary(cells * found.cell)
+    size = binary(cells * picture.cell)
     yield f'<text x="{_LABELS}" y="18">0</text>'
     yield f'<text x="{_LABELS + _WIDTH}" y="18" text-anchor="end">{size}</text>'
-    for number, strip in enumerate(found.strips):
-        yield from _strip_svg(strip, found.cell, step, 26 + number * (_HEIGHT + _GAP))
+    for number, strip in enumerate(picture.strips):
+        yield from _strip_svg(strip, picture.cell, step, 26 + number * (_HEIGHT + _GAP))
     at = _LABELS
     for look in _LOOKS[:-1]:
         yield f'<rect x="{at}" y="{legend - 10}" width="12" height="12" fill="{look.color}"/>'

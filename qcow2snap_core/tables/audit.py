@@ -1,24 +1,27 @@
-"""Which clusters can be overwritten although somebody needs them.
+"""The audit of the refcounts: which clusters can be overwritten although somebody needs them.
 
 One that is in use more often than its refcount says is free too early.  And COPIED in an entry of
 the active disk lets QEMU write in place, which must mean that nobody shares the cluster.  Either
-way a snapshot can be lost that still reads well.
+way a snapshot can be lost that still reads well.  Clusters that are counted and not used are leaks:
+they cost space alone, and are only counted themselves, as qemu-img check does.
 """
 
 from __future__ import annotations
 
-from operator import gt
+from collections.abc import Iterator, Sequence
+from operator import gt, lt
 
 from ..errors import ImageError
 from ..format import ondisk as q
-from ..format.refcounts import Refcounts, Uses
+from ..format.refcounts import Refcounts
 from ..image.image import Image
 from .claims import Claims
 from .findings import IN_PLACE, MOST, NOT_COUNTED, Findings, Owner
 from .l2tables import Tables
+from .tally import PAGE, Uses
 
 
-class Counts:
+class RefcountAudit:
     """Holds what is in use against what the image says."""
 
     def __init__(
@@ -34,29 +37,26 @@ class Counts:
 
     def _used_by(self, owner: Owner) -> Uses:
         """What an owner needs, the metadata that is nobody's own as well."""
-        found = Uses()
+        needed = Uses()
         for cluster, claim in self._claims.clusters.items():
             if not claim.owners or self._findings.concern(claim.owners):
-                found.add(cluster, 1)
+                needed.add(cluster, 1)
         for clusters, _ in self._tables.led_to(owner):
-            found.add_all(clusters, 1)
-        return found
+            needed.add_all(clusters, 1)
+        return needed
 
     def compare(self, refcounts: Refcounts) -> None:
-        """Report what is in use more often than it is counted."""
+        """Report what is in use more often than it is counted, and how much less often."""
         bad: dict[int, tuple[int, int]] = {}
-        for first, uses in self._uses.stretches(refcounts.per_block):
-            number, at = divmod(first, refcounts.per_block)
-            try:
-                counts = refcounts.block(number)[at : at + len(uses)]
-            except ImageError:  # reported already
-                continue
+        leaks, end = 0, self._claims.end >> self._bits
+        for first, uses, counts in self._stretches(refcounts):
             if any(map(gt, uses, counts)):
                 for cluster, (used, counted) in enumerate(zip(uses, counts, strict=True), first):
                     if counted < used and self._wanted.of(cluster):
                         bad[cluster] = used, counted
             if len(bad) >= MOST:
                 break
+            leaks += sum(map(lt, uses[: max(0, end - first)], counts))
         users = self._tables.users(bad)
         for cluster, (used, counted) in bad.items():
             host = cluster << self._bits
@@ -68,6 +68,25 @@ class Counts:
                 users.get(cluster, ()),
                 host,
             )
+        if leaks:
+            self._findings.add_leaks(leaks, leaks << self._bits)
+
+    def _stretches(
+        self, refcounts: Refcounts
+    ) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
+        """(first cluster, how often each is in use, how often each is counted), in order, of all
+        that is in use or may be counted."""
+        size = refcounts.per_block
+        numbers = {first // size for first, _ in self._uses.stretches(size)}
+        numbers.update(number for number, _ in refcounts.blocks())
+        for number in sorted(numbers):
+            try:
+                counts = refcounts.block(number)
+            except ImageError:  # reported already
+                continue
+            for at in range(0, size, min(size, PAGE)):
+                uses = self._uses.stretch(number * size + at, min(size, PAGE))
+                yield number * size + at, uses, counts[at : at + len(uses)]
 
     def check_copied(self, active: Owner) -> None:
         """Report what others share and the active disk, whose tables were added last, may write

@@ -1,0 +1,1 @@
+"""The Python library: thin classes and functions over the other rooms, and all that is public."""

@@ -1,0 +1,113 @@
+"""What the tables say, without reading any data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+from ..errors import SnapshotGone, shown
+from ..tables import check as tables_check
+from ..tables import diff, space
+from ..tables.findings import Finding
+from . import arguments
+from .disk import Disk, Extent
+from .image import Image
+from .names import public
+from .snapshot import Snapshot
+
+__all__ = ["Finding", "changes", "check", "exclusive_sizes"]
+
+public(Finding)
+
+_ATTEMPTS = 5
+
+
+@public
+def changes(old: Disk, new: Disk) -> Iterator[Extent]:
+    """The ranges of ``new`` that may differ from ``old``, in order and merged: what a backup made
+    at ``old`` has to write to become ``new``.  Zeros are what is zero now.
+
+    Both disks are of one image; either may be the active one, neither a VM state.  The tables tell,
+    so the cost grows with the change; what was written again with the same data is listed.  The
+    part of ``new`` past the end of ``old`` is listed in full.
+
+    Raises TypeError and ValueError at once for disks that cannot be compared, and as
+    :meth:`.Disk.pread` on the way.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     for offset, length, type in changes(image.open("weekly"), image.open("nightly")):
+    ...         print(offset, length, type)
+    0 65536 0
+    4194304 65536 0
+    4259840 4128768 3
+    """
+    comparable(old, new)
+    return map(Extent._make, diff.changes(old._disk, new._disk))
+
+
+@public
+def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
+    """Each snapshot and the bytes that deleting it alone would free, its tables included; None
+    where damage leaves it open.
+
+    Raises StorageError when the disk fails, SnapshotGone when snapshots are deleted again and again
+    meanwhile.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     for snapshot, size in exclusive_sizes(image):
+    ...         print(snapshot.name, size)
+    weekly 196608
+    nightly 65536
+    """
+    arguments.instance("image", image, Image)
+    for attempt in range(_ATTEMPTS):
+        snapshots = image.snapshots
+        try:
+            freed = space.exclusive_sizes(image._image, [s._entry for s in snapshots])
+            sizes = [None if each is None else each.size for each in freed]
+            return list(zip(snapshots, sizes, strict=True))
+        except SnapshotGone:
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+@public
+def check(
+    image: Image,
+    snapshot: Snapshot | str | None = None,
+    *,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[Finding]:
+    """What is wrong with the metadata of all snapshots and the active disk, or what of that
+    concerns one snapshot; an empty list if it is whole.  At most 1000 findings, of which leaked
+    clusters are no damage (``is_damage``).
+
+    Nobody should be writing to the image meanwhile.  ``warn`` is told, in a line, when the image
+    is marked dirty: then its refcounts are not up to date and are not compared.
+
+    Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     check(image)
+    []
+    """
+    arguments.instance("image", image, Image)
+    if isinstance(snapshot, str):
+        snapshot = image.find(snapshot)
+    if snapshot is not None:
+        arguments.instance("snapshot", snapshot, Snapshot)
+    findings = tables_check.check(image._image, None if snapshot is None else snapshot._entry)
+    if image._image.header.dirty:
+        warn(f"{shown(image.path)} is marked dirty: its refcounts were not compared")
+    return findings
+
+
+def comparable(old: Disk, new: Disk) -> None:
+    """Raises TypeError or ValueError unless the tables of one can be held against the other's."""
+    for name, disk in ("old", old), ("new", new):
+        arguments.instance(name, disk, Disk)
+        if disk._vm_state:
+            raise ValueError(f"{name} is a VM state: nothing older is like it, copy all of it")
+    if old._image is not new._image:
+        raise ValueError("old and new are of two images: open both snapshots of one Image")

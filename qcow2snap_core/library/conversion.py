@@ -1,0 +1,168 @@
+"""Writing snapshots to other files: what the commands copy, split and join do."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+from ..transfer import backup, chains
+from ..transfer.bases import Base
+from ..transfer.compressors import COMPRESSIONS
+from ..transfer.destinations import FORMATS, new_copy, update
+from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..typed import Final, NamedTuple
+from ..util.progress import silent
+from . import arguments
+from .analysis import comparable
+from .disk import Disk
+from .image import Image
+from .names import public
+
+_BASES: Final = {
+    "recorded": Base.RECORDED,
+    "compared": Base.COMPARED,
+    "trusted": Base.TRUSTED,
+}
+
+
+@public
+class Copied(NamedTuple):
+    """How much :func:`copy` wrote."""
+
+    data: int  #: bytes
+    zeros: int  #: bytes, as holes where the target can have them
+
+
+@public
+def copy(
+    new: Disk,
+    target: str | os.PathLike[str],
+    *,
+    since: Disk | None = None,
+    base: str = "recorded",
+    in_place: bool = False,
+    file_format: str = "raw",
+    compress: str | None = None,
+    force: bool = False,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> Copied:
+    """Make a file, a block device, a FIFO or an NBD export (its URI) hold the disk ``new``.
+
+    A file is raw, whatever its name is, unless ``file_format`` is ``"qcow2"``, for which qemu-img
+    and qemu-nbd are needed; ``compress`` is then None, ``"zlib"`` or ``"zstd"``.  One that is there is
+    replaced only with ``force``.
+
+    With ``since``, which the target holds already, only what changed is written.  ``base`` says by
+    what it is known to hold that: its ``"recorded"`` copy of it, which a file keeps from the copy
+    before; the comparison of all that will not be written (``"compared"``); or the caller's word
+    (``"trusted"``).  A file is written under a temporary name and renamed when it is whole; an
+    update with ``in_place`` goes into the file itself.  With ``verify`` what devices, exports and
+    qcow2 files hold at the end is read back and compared.  ``warn`` is told in a line when the
+    image is encrypted, since the copy is not.
+
+    Raises UsageError before anything is written when the target will not do; otherwise as
+    :meth:`.Disk.pread`, and StorageError when the target fails.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     copy(image.open("weekly"), "backup.raw")
+    ...     copy(image.open("nightly"), "backup.raw", since=image.open("weekly"))
+    Copied(data=65536, zeros=4128768)
+    Copied(data=131072, zeros=4128768)
+    """
+    path = arguments.path("target", target)
+    how = _BASES[arguments.one_of("base", base, tuple(_BASES))]
+    arguments.flag("in_place", in_place)
+    arguments.flag("verify", verify)
+    arguments.flag("force", force)
+    arguments.one_of("file_format", file_format, FORMATS)
+    if compress is not None:
+        arguments.one_of("compress", compress, tuple(COMPRESSIONS))
+        if file_format != "qcow2":
+            raise ValueError("compress goes with file_format='qcow2'")
+    if path == STANDARD_OUTPUT:
+        path = os.path.join(".", path)  # here it is a file like any other
+    if since is None:
+        arguments.instance("new", new, Disk)
+        if new._vm_state:
+            raise ValueError("new is a VM state: copy it from its file object, raw()")
+        if in_place or base != "recorded":
+            raise ValueError("in_place and base go with since: a full copy starts from nothing")
+        to = new_copy(path, form=file_format, compress=compress, replace=force)
+    else:
+        comparable(since, new)
+        if force or file_format != "raw":
+            raise ValueError("force and file_format go without since, which takes what is there")
+        to = update(path, how, in_place=in_place)
+    old = None if since is None else since._disk
+    with silent():
+        done = backup.copy(new._image, new._disk, to, _told(warn), old, verify=verify)
+    return Copied(done.amount.data, done.amount.zeros)
+
+
+@public
+def split(
+    image: Image,
+    directory: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[str]:
+    """Make an external chain of the internal snapshots, in a directory that is absent or empty: an
+    overlay for each with only what changed, and one for the active disk on top.
+
+    With ``force`` a directory that has overlays in it, and nothing else, is replaced.
+    Nobody may have the image open for writing.  With ``verify`` all of it is read back and compared
+    before it gets its name.  ``warn`` is told, in a line each, what is not carried over.  Needs
+    qemu-img and qemu-nbd, and libnbd's Python module.
+
+    Returns the paths of the files, the base first.  Raises as :func:`copy`.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     split(image, "chain")
+    ['chain/weekly.qcow2', 'chain/nightly.qcow2', 'chain/active.qcow2']
+    """
+    arguments.instance("image", image, Image)
+    where = arguments.path("directory", directory)
+    arguments.flag("verify", verify)
+    place = judge(where, chains.SPLIT_TARGETS, replace=arguments.flag("force", force))
+    with silent():
+        names = chains.split(image._image, place, _told(warn), verify)
+    return [os.path.join(where, name) for name in names]
+
+
+@public
+def join(
+    top: Image,
+    target: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[str]:
+    """Make one image of an external chain, with an internal snapshot for each of its files, named
+    after the file without the ending; ``top`` is the topmost.  With ``force`` a file that is there
+    is replaced.
+
+    The other keywords and what it needs are those of :func:`split`.  Returns the names of the
+    snapshots, the base's first.  Raises as :func:`copy`.
+
+    >>> with qcow2snap_core.open("chain/active.qcow2") as image:
+    ...     join(image, "joined.qcow2")
+    ['weekly', 'nightly', 'active']
+    """
+    arguments.instance("top", top, Image)
+    where = arguments.path("target", target)
+    arguments.flag("verify", verify)
+    place = judge(where, chains.JOIN_TARGETS, replace=arguments.flag("force", force))
+    with silent():
+        return chains.join(top._image, place, _told(warn), verify)
+
+
+def _told(warn: Callable[[str], object]) -> Callable[[str], None]:
+    def tell(message: str) -> None:
+        warn(message)
+
+    return tell

@@ -1,0 +1,141 @@
+"""Opening an image, and what is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+
+from ..errors import shown
+from ..format.choosing import Choice, choose
+from ..image.image import Image as InnerImage
+from ..image.opener import BACKING_FORMATS, Options, open_image
+from ..storage.locks import LockGuard
+from . import arguments
+from .disk import Disk
+from .names import public
+from .snapshot import Snapshot
+
+_DEFAULTS = Options()
+
+
+@public
+def open(  # noqa: A001 (the name that users expect, as of gzip.open)
+    path: str | os.PathLike[str],
+    *,
+    allow_dirs: Iterable[str | os.PathLike[str]] = (),
+    allow_files: Iterable[str | os.PathLike[str]] = (),
+    backing_format: str | None = None,
+    passphrase: str | bytes | Mapping[int, str | bytes] | None = None,
+    l2_cache_size: int = _DEFAULTS.l2_cache_size,
+    cluster_cache_size: int = _DEFAULTS.cluster_cache_size,
+) -> Image:
+    """Open a qcow2 image, read-only and without any lock: a file, a block device, or the URI of an
+    NBD export.
+
+    ``allow_dirs``, ``allow_files``: what the image may name as backing or external data files,
+    besides what lies in its own directory.
+    ``backing_format``: ``"raw"`` or ``"qcow2"``, of a backing file whose image records none.
+    ``passphrase``: the secret itself, or ``{layer: secret}``, 0 being the image and 1 its backing
+    file.
+    ``l2_cache_size``, ``cluster_cache_size``: bounds of the memory for L2 tables and for
+    decompressed clusters, bytes.
+
+    Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read;
+    TypeError and ValueError for an argument that makes no sense.
+
+    >>> with open("overlay.qcow2", allow_dirs=["base"]) as image:
+    ...     image
+    <Image 'overlay.qcow2'>
+    """
+    if backing_format is not None:
+        arguments.one_of("backing_format", backing_format, BACKING_FORMATS)
+    options = Options(
+        allow_dirs=arguments.paths("allow_dirs", allow_dirs),
+        backing_format=backing_format,
+        passphrases=arguments.passphrases(passphrase),
+        l2_cache_size=arguments.integer("l2_cache_size", l2_cache_size),
+        cluster_cache_size=arguments.integer("cluster_cache_size", cluster_cache_size),
+        allow_files=arguments.paths("allow_files", allow_files),
+    )
+    return Image(open_image(arguments.path("path", path), options))
+
+
+@public
+class Image:
+    """An open qcow2 file, by :func:`open`.  A context manager; any number of threads may use it."""
+
+    __slots__ = ("__weakref__", "_image")
+
+    def __init__(self, image: InnerImage) -> None:
+        self._image = image
+
+    @property
+    def path(self) -> str:
+        """The name that it was opened by, without what a URI has of secrets."""
+        return self._image.path
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots that the file has now, in the table's order, which is that of their making.
+
+        A running QEMU may take and delete some at any time.  Of a damaged table it is those before
+        the damage; :func:`check` tells of that.
+        """
+        return tuple(map(Snapshot, self._image.snapshots))
+
+    def find(self, name: str) -> Snapshot:
+        """The snapshot with that ID, else the first with that name, as QEMU looks for them.
+
+        Raises UsageError that lists what there is.
+        """
+        choice = Choice(arguments.text("name", name))
+        return Snapshot(choose(self._image.table(), choice, self.path))
+
+    def open(self, snapshot: Snapshot | str, *, vm_state: bool = False) -> Disk:
+        """The disk of a snapshot, which is given itself or by what :meth:`find` looks for; or the
+        VM state that was saved with it, exactly the ``vm_state_size`` bytes of it.
+
+        Raises UsageError when there is no such snapshot, ImageError when it is damaged,
+        SnapshotGone when it was deleted.
+
+        >>> with qcow2snap_core.open("disk.qcow2") as image:
+        ...     image.open("nightly").pread(9, 0)
+        b'notes.txt'
+        """
+        if isinstance(snapshot, str):
+            snapshot = self.find(snapshot)
+        arguments.instance("snapshot", snapshot, Snapshot)
+        arguments.flag("vm_state", vm_state)
+        disk = self._image.disk(snapshot._entry, vm_state)
+        return Disk(self._image, disk, snapshot, vm_state)
+
+    def snapshot(self, name: str) -> Disk:
+        """The same as ``open(name)``."""
+        return self.open(arguments.text("name", name))
+
+    def active(self) -> Disk:
+        """What the guest sees.
+
+        It can be read while nobody writes to it: as long as a QEMU has the image open for writing,
+        this and each read of the disk raise UsageError.  Raises ImageError when it is damaged.
+        """
+        return Disk(self._image, self._image.active_disk(LockGuard(self._image.files)), None)
+
+    def close(self) -> None:
+        """Close all files.  Whatever is asked of the image or of its disks from now on raises
+        ValueError; what another thread is just reading ends as it would have, or so.  A second
+        time it does nothing."""
+        self._image.close()
+
+    def __enter__(self) -> Image:
+        self._image.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Image {shown(self.path)}{', closed' if self._image.storage.closed else ''}>"

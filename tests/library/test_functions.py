@@ -1,0 +1,165 @@
+"""The library's functions say and write what the commands do, which are held against QEMU, and are
+quiet about it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+from support import qemu
+from support.command import qcow2snap_json
+from support.qemu import MiB
+from support.server import ROOT
+
+import qcow2snap_core
+from qcow2snap_core import Image, UsageError
+
+SIZE = 4 * MiB
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = qemu.create(tmp_path / "disk.qcow2", SIZE)
+    qemu.io(path, "write -P 7 0 1M")
+    qemu.take(path, "one")
+    qemu.run("qemu-img", "resize", "-q", path, 2 * SIZE)
+    qemu.io(path, "write -P 8 1M 64k", "write -z 0 64k", "write -P 9 6M 64k")
+    qemu.take(path, "two")
+    qemu.io(path, "write -P 9 2M 64k")
+    return path
+
+
+@pytest.fixture
+def image(path: Path) -> Iterator[Image]:
+    with qcow2snap_core.open(path) as opened:
+        yield opened
+
+
+def test_changes_are_those_of_diff(path: Path, image: Image) -> None:
+    disks = {"one": image.open("one"), "two": image.open("two"), "@active": image.active()}
+    for (older, old), (newer, new) in product(disks.items(), disks.items()):
+        listed = qcow2snap_json("diff", path, older, newer)
+        changes = qcow2snap_core.changes(old, new)
+        assert [e._asdict() for e in changes] == listed, (older, newer)
+
+
+def test_exclusive_sizes_are_those_of_list(path: Path, image: Image) -> None:
+    listed = [(s["id"], s["exclusive-size"]) for s in qcow2snap_json("list", path)]
+    assert [(s.id, size) for s, size in qcow2snap_core.exclusive_sizes(image)] == listed
+
+
+@pytest.mark.parametrize("name", [None, "one", "two"])
+def test_findings_are_those_of_check(path: Path, name: str | None) -> None:
+    table = qemu.snapshots(path)["one"].l1_table_offset
+    qemu.patch(path, table, b"\xff" * 8)
+    with qcow2snap_core.open(path) as image:
+        findings = qcow2snap_core.check(image, name)
+        if name is not None:
+            assert findings == qcow2snap_core.check(image, image.find(name))
+    listed = qcow2snap_json("check", path, *([name] if name else []), status=3 if findings else 0)
+    assert [(f.problem, f.message, list(f.snapshots)) for f in findings] == [
+        (f["problem"], f["message"], f["snapshots"]) for f in listed
+    ]
+    assert bool(findings) == (name != "two")
+
+
+def test_check_warns_that_it_did_not_compare_the_refcounts(path: Path) -> None:
+    qemu.patch(path, 79, b"\1")  # the dirty bit
+    with qcow2snap_core.open(path) as image:
+        said: list[str] = []
+        assert qcow2snap_core.check(image, warn=said.append) == []
+        assert said == [f"'{path}' is marked dirty: its refcounts were not compared"]
+        with pytest.warns(UserWarning, match="is marked dirty"):
+            qcow2snap_core.check(image)
+
+
+def test_a_copy_and_its_updates(path: Path, image: Image, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    one, two, active = image.open("one"), image.open("two"), image.active()
+    done = qcow2snap_core.copy(one, target)
+    with pytest.raises(UsageError, match="is there already"):
+        qcow2snap_core.copy(two, target)
+    assert qcow2snap_core.copy(one, target, force=True) == done
+    assert target.read_bytes() == qemu.snapshot_content(path, "one")
+    assert done == (MiB, 3 * MiB)
+    for since, new, keywords in (
+        (one, two, {}),
+        (two, one, {"in_place": True}),
+        (one, active, {"base": "compared"}),
+        (active, two, {"base": "trusted", "verify": False}),
+    ):
+        qcow2snap_core.copy(new, target, since=since, **keywords)
+        assert target.read_bytes() == new.pread(new.size, 0)
+    with pytest.raises(UsageError, match="holds snapshot 'two'"):
+        qcow2snap_core.copy(two, target, since=one)
+
+
+def test_a_file_is_qcow2_only_when_that_is_asked_for(
+    path: Path, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = qemu.snapshot_content(path, "one")
+    for name in ("raw.qcow2", "-"):
+        qcow2snap_core.copy(image.open("one"), name)
+        assert Path(name).read_bytes() == expected
+    qcow2snap_core.copy(image.open("one"), "out", file_format="qcow2", compress="zlib")
+    assert qemu.content(tmp_path / "out") == expected
+
+
+def test_a_chain_and_back(path: Path, image: Image, tmp_path: Path) -> None:
+    files = qcow2snap_core.split(image, tmp_path / "chain", warn=pytest.fail)
+    assert files == [str(tmp_path / "chain" / f"{n}.qcow2") for n in ("one", "two", "active")]
+    for file, name in zip(files, ("one", "two", None), strict=True):
+        expected = qemu.snapshot_content(path, name) if name else qemu.content(path)
+        assert qemu.content(Path(file)) == expected
+    joined = tmp_path / "joined.qcow2"
+    with qcow2snap_core.open(files[-1]) as top:
+        assert qcow2snap_core.join(top, joined) == ["one", "two", "active"]
+    assert [s["name"] for s in qemu.info(joined)["snapshots"]] == ["one", "two", "active"]
+    assert qemu.content(joined) == qemu.content(path)
+
+
+def test_threads_may_write_at_once(image: Image, tmp_path: Path) -> None:
+    """Each starts servers of its own."""
+
+    def write(number: int) -> bool:
+        chain = qcow2snap_core.split(image, tmp_path / f"chain{number}")
+        with qcow2snap_core.open(chain[-1]) as top:
+            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(write, range(4)))  # what was written has been compared
+
+
+def test_join_warns_of_what_is_left_out(image: Image, tmp_path: Path) -> None:
+    said: list[str] = []
+    qcow2snap_core.join(image, tmp_path / "a", warn=said.append)
+    assert said == [f"the snapshots inside '{image.path}' are not carried over"]
+    with pytest.warns(UserWarning, match="are not carried over"):
+        qcow2snap_core.join(image, tmp_path / "b")
+
+
+def test_no_bar_is_drawn_on_the_terminal_of_a_program(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    program = (
+        f"import qcow2snap_core; image = qcow2snap_core.open({str(path)!r}); "
+        f"qcow2snap_core.copy(image.open('one'), {str(tmp_path / 'out')!r}); "
+        f"qcow2snap_core.split(image, {str(tmp_path / 'chain')!r}); print('done')"
+    )
+    ours, theirs = pty.openpty()
+    try:
+        said = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, stderr=theirs)
+        assert said == b"done\n"
+        os.set_blocking(ours, False)
+        with pytest.raises(BlockingIOError):
+            pytest.fail(f"{os.read(ours, 1024)!r}")
+    finally:
+        os.close(ours)
+        os.close(theirs)

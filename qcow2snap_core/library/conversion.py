@@ -51,8 +51,8 @@ def copy(
     """Make a file, a block device, a FIFO or an NBD export (its URI) hold the disk ``new``.
 
     A file is raw, whatever its name is, unless ``file_format`` is ``"qcow2"``, for which qemu-img
-    and qemu-nbd are needed; ``compress`` is then None, ``"zlib"`` or ``"zstd"``.  One that is there is
-    replaced only with ``force``.
+    and qemu-nbd are needed; ``compress`` is then None, ``"zlib"`` or ``"zstd"``.  A file that is
+    there is replaced only with ``force``.
 
     With ``since``, which the target holds already, only what changed is written.  ``base`` says by
     what it is known to hold that: its ``"recorded"`` copy of it, which a file keeps from the copy

@@ -31,6 +31,7 @@ class Finding(NamedTuple):
 
     @property
     def is_damage(self) -> bool:
+        """False of leaked clusters, which waste space and harm nothing."""
         return self.problem != LEAK
 
 

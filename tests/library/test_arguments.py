@@ -175,6 +175,14 @@ CALLS: dict[str, tuple[Callable[[Image, Disk], object], type[Exception]]] = {
         lambda i, d: qcow2snap_core.copy(d, "out", base="trusted"),
         ValueError,
     ),
+    "compress goes with format='qcow2'": (
+        lambda i, d: qcow2snap_core.copy(d, "out", compress="zlib"),
+        ValueError,
+    ),
+    "leave out replace": (
+        lambda i, d: qcow2snap_core.copy(d, "out", since=d, replace=True),
+        ValueError,
+    ),
     "in_place is a str": (
         lambda i, d: qcow2snap_core.copy(d, "out", in_place="x"),
         TypeError,

@@ -84,6 +84,9 @@ def test_a_copy_and_its_updates(path: Path, image: Image, tmp_path: Path) -> Non
     target = tmp_path / "out"
     one, two, active = image.open("one"), image.open("two"), image.active()
     done = qcow2snap_core.copy(one, target)
+    with pytest.raises(UsageError, match="is there already"):
+        qcow2snap_core.copy(two, target)
+    assert qcow2snap_core.copy(one, target, replace=True) == done
     assert target.read_bytes() == qemu.snapshot_content(path, "one")
     assert done == (MiB, 3 * MiB)
     for since, new, keywords in (
@@ -96,6 +99,19 @@ def test_a_copy_and_its_updates(path: Path, image: Image, tmp_path: Path) -> Non
         assert target.read_bytes() == new.pread(new.size, 0)
     with pytest.raises(UsageError, match="holds snapshot 'two'"):
         qcow2snap_core.copy(two, target, since=one)
+
+
+def test_a_file_is_of_the_format_that_is_asked_for_or_that_its_name_says(
+    path: Path, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = qemu.snapshot_content(path, "one")
+    for name, keywords in {"raw.qcow2": {"format": "raw"}, "-": {}}.items():
+        qcow2snap_core.copy(image.open("one"), name, **keywords)
+        assert Path(name).read_bytes() == expected
+    for name, keywords in {"out": {"format": "qcow2"}, "x.qcow2": {"compress": "zlib"}}.items():
+        qcow2snap_core.copy(image.open("one"), name, **keywords)
+        assert qemu.content(tmp_path / name) == expected
 
 
 def test_a_chain_and_back(path: Path, image: Image, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def engine(data: bytes) -> None:
     tables = kind(storage, geometry, 0, 8, cache, 0)
     codec = codecs.Zstd() if flags & 8 else codecs.deflate()
     content = clusters.Clusters(storage, storage, bits, codec, BoundedCache(1 << 20))
-    size, base = tables.bytes_per_l1_entry * 4, (flags >> 4) * 4096
+    size, base = tables.tables.bytes_per_l1_entry * 4, (flags >> 4) * 4096
     tested = disk.Disk("x", size, tables, content, Content(storage), layers.RawLayer(storage), base)
     for at in range(0, 16, 4):
         where, length = struct.unpack("<HH", data[at : at + 4].ljust(4, b"\0"))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from threading import BoundedSemaphore
 
 from ..decode.codecs import Codec
-from ..decode.native import NativeCipher
 from ..errors import ImageError
 from ..format import ondisk as q
 from ..storage.local import Buffer, Storage
@@ -215,6 +214,8 @@ class EncryptedClusters(Clusters):
         return None
 
     def description(self) -> tuple[Any, ...] | None:
+        from ..decode.native import NativeCipher
+
         cipher, by_guest_offset = self._encryption
         fd = self._data.plain_fd
         if fd is None or not isinstance(cipher, NativeCipher):

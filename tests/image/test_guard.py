@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support.tables import Entry
 
 from qcow2snap_core import ImageError, SnapshotGone
 from qcow2snap_core.format import ondisk as q
+from qcow2snap_core.image import guard
 from qcow2snap_core.image.opener import open_image
 
 # What the served snapshot holds, 64 KiB each.
@@ -305,3 +307,25 @@ def test_many_readers_are_served_while_snapshots_come_and_go(path, disk):
     for reader in readers:
         reader.join()
     assert not failures
+
+
+def test_a_header_that_never_stands_still_is_an_error_in_the_end(path, monkeypatch):
+    """A remote server may make one, if no QEMU does; nobody hangs, in the guard or in a list."""
+    monkeypatch.setattr(guard, "_PAUSE", 0)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("served")
+        assert_served(disk)
+        read, turn = image.storage.read, count()
+
+        def changing(length, offset):
+            data = read(length, offset)
+            if offset == q.SNAPSHOT_FIELDS_OFFSET:
+                return struct.pack(">I", 3 + next(turn) % 2) + data[4:]
+            return data
+
+        image.storage.read = changing
+        delete(path, "after")  # the guard has to look again
+        with pytest.raises(ImageError, match="is still in '.*': the table never settles"):
+            disk.pread(512, DATA)
+        with pytest.raises(ImageError, match="the snapshot table changes too fast to be read"):
+            image.table()

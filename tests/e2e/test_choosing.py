@@ -114,7 +114,8 @@ def test_an_unknown_export_is_refused_and_the_log_lists_them(three: Path) -> Non
     with serve(file=three) as server:
         assert opened(server, "wednesday") is None
         line = server.log.splitlines()[0]
-        assert "there is no export 'wednesday': it has 1 'monday', 2 'tuesday', 3 '1'" in line
+        assert "there is no export 'wednesday': did you mean 'tuesday'? " in line
+        assert line.endswith("it has 1 'monday', 2 'tuesday', 3 '1'")
         assert opened(server, "monday") == 1
 
 

@@ -92,7 +92,7 @@ def test_a_chain_on_block_devices(tmp_path: Path) -> None:
         to_a_device(overlay.path)
         with loop(overlay.path) as device:
             said = command.fails("copy", device, "s", tmp_path / "raw")
-            assert f"add allow-file={below} if you trust it" in said
+            assert f"add --allow-file {below} if you trust it" in said
             command.qcow2snap("copy", device, "s", tmp_path / "raw", "--allow-file", below)
             assert (tmp_path / "raw").read_bytes() == expected
             with serve(file=device, allow_file=below) as server:

@@ -120,7 +120,7 @@ def test_a_passphrase_of_two_lines_is_refused_and_not_cut(tmp_path: Path) -> Non
     (tmp_path / "secret").write_text("correct\nhorse")
     encrypted(path, tmp_path / "secret")
     secret = "--passphrase=correct\nhorse"
-    command.qcow2snap("copy", path, "one", tmp_path / "copy", secret)
+    assert command.run("copy", path, "one", tmp_path / "copy", secret).returncode == 0
     assert (tmp_path / "copy").read_bytes()[: 64 * KiB] == b"\7" * 64 * KiB
     said = command.fails("mount", path, "one", where, secret)
     assert said == "qcow2snap: --passphrase holds a line feed: nbdkit reads one line only"

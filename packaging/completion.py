@@ -19,7 +19,7 @@ from qcow2snap_core.cli import _parser
 KINDS = {
     **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET"), "files"),
     **dict.fromkeys(("DIR", "OUTDIR"), "directories"),
-    **dict.fromkeys(("SNAPSHOT", "OLD", "NEW"), "snapshots"),
+    **dict.fromkeys(("SNAPSHOT", "SNAPSHOT[:PARTITION]", "OLD", "NEW"), "snapshots"),
     "SNAPSHOT,...": "several",
     "COMMAND": "commands",
 }
@@ -64,9 +64,7 @@ def commands_of(parser):
     [commands] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for choice in commands._choices_actions:
         command = commands.choices[choice.dest]
-        yield Command(
-            choice.dest, choice.help, [*options_of(command)], [*arguments_of(command)]
-        )
+        yield Command(choice.dest, choice.help, [*options_of(command)], [*arguments_of(command)])
 
 
 def names(options):

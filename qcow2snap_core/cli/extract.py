@@ -50,4 +50,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{escaped(name)}: {done.files} files with {binary(done.bytes)}{left_out}")
     if done.unreadable:
         raise UsageError(f"{done.unreadable} files could not be read: they are named above")
+    if done.left_out and not done.files:
+        raise UsageError("nothing was extracted: what was left out is named above")
     return 0

@@ -15,6 +15,10 @@ from ..errors import escaped
 from ..util.spelling import nearest
 from .streams import say
 
+# A word that is "--" itself, behind the one that ends the options: argparse (3.11) drops that too.
+# No word of a command line can hold a NUL.
+_DASHES = "\0--"
+
 _PASSPHRASE = re.compile(r"--(passphrase\.[1-9][0-9]{0,3})(?:=.*)?", re.ASCII | re.DOTALL)
 
 
@@ -34,7 +38,7 @@ class Parser(argparse.ArgumentParser):
                 dest = layer[1].replace(".", "_")
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
         if args is not None:
-            args = self._with_values(args)
+            args = self._with_values(_with_dashes(args))
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
@@ -71,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
-            return super()._get_value(action, arg_string)
+            return super()._get_value(action, "--" if arg_string == _DASHES else arg_string)
         except argparse.ArgumentError as e:
             raise argparse.ArgumentError(action, "give a whole number") from e
 
@@ -79,3 +83,11 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"(?s)ignored explicit argument .*", "takes no value", message)
         say(f"{escaped(message)}: {self.prog} --help says what there is")
         self.exit(2)
+
+
+def _with_dashes(args: Sequence[str]) -> list[str]:
+    """The words, those that are ``--`` as a value out of argparse's sight."""
+    end = args.index("--") if "--" in args else len(args)
+    options = [re.sub(r"^(--[a-z.0-9-]+=)--$", rf"\1{_DASHES}", word) for word in args[:end]]
+    rest = [_DASHES if word == "--" else word for word in args[end + 1 :]]
+    return [*options, *args[end : end + 1], *rest]

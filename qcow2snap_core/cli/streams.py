@@ -76,7 +76,7 @@ def give_up_output() -> None:
 
 def failed(e: OSError) -> str:
     """What to say of an error of the system that nobody has put into words before."""
-    return f"{escaped(str(e.filename))}: {reason(e)}" if e.filename else reason(e)
+    return f"{escaped(os.fsdecode(e.filename))}: {reason(e)}" if e.filename else reason(e)
 
 
 def warn(message: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ from .openfiles import Found, find
 from .qmp import FrozenGuest, Qmp
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
+_LONGEST_NAME: Final = 255  # QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
 
 
 class Taken(NamedTuple):
@@ -51,6 +53,8 @@ def take(socket: str, devices: Sequence[str], name: str, agent: str | None = Non
     """
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UsageError(f"the snapshot's name is longer than the {_LONGEST_NAME} bytes of QEMU's")
     if len(set(devices)) < len(devices):
         raise UsageError("a device is given twice: name each one once")
     with Qmp(socket) as qemu:

@@ -61,17 +61,14 @@ def test_every_cipher(
 
 
 def others() -> Iterator[tuple[str, str, str]]:
-    """(cipher, mode, IV generator): the other ciphers, with all that QEMU 7.2 can create of them
-    and libgcrypt knows.  CAST5 has no blocks for XTS and no essiv."""
-    for cipher in ("serpent-128", "serpent-192", "serpent-256", "twofish-128", "twofish-256"):
-        for mode in ("xts", "cbc", "ctr", "ecb"):
-            if cipher != "serpent-192" or mode == "xts":  # it aborts as with AES
-                yield cipher, mode, "essiv" if mode in ("cbc", "ctr") else "plain64"
-    yield "serpent-256", "xts", "essiv"
-    yield "twofish-256", "cbc", "plain"
-    for mode in ("cbc", "ctr", "ecb"):
-        yield "cast5-128", mode, "plain64"
-    yield "cast5-128", "cbc", "plain"
+    """(cipher, mode, IV generator): each other cipher, key length and mode that QEMU 7.2 can create
+    and libgcrypt knows, but not all of them with each other: an image takes QEMU seconds.  CAST5
+    has no blocks for XTS and no essiv."""
+    yield from (("serpent-256", "xts", "plain64"), ("serpent-256", "xts", "essiv"))
+    yield from (("serpent-192", "xts", "plain64"), ("serpent-128", "cbc", "essiv"))
+    yield from (("twofish-256", "ctr", "essiv"), ("twofish-256", "cbc", "plain"))
+    yield from (("twofish-128", "ecb", "plain64"), ("twofish-128", "xts", "plain64"))
+    yield from (("cast5-128", "cbc", "plain64"), ("cast5-128", "ctr", "plain64"))
 
 
 @pytest.mark.parametrize(("cipher", "mode", "generator"), others())

@@ -240,6 +240,7 @@ def test_a_name_that_is_an_id_is_called_a_name(qmp: Path) -> None:
         (["--device", "f0", "x"], "device 'f0' is file, not qcow2"),
         (["--device", "d0", "--device", "d0", "x"], "given twice"),
         (["--device", "d0", ""], "name is empty"),
+        (["--device", "d0", "ü" * 128], "longer than the 255 bytes of QEMU's"),
     ],
 )
 def test_errors_are_one_line(qmp: Path, arguments: list[str], said: str) -> None:

@@ -116,7 +116,8 @@ class Copier:
                 if kind == ZERO:
                     self._zero(words, slot, within, n)
                 elif kind == COMPRESSED:
-                    words[slot] = self._compressed(stretch, host, guest, n)
+                    entry = self._compressed(stretch, host, guest, n)
+                    self._show(words, _Shown(slot, host, guest, n), entry)
                 elif n < self._size:
                     self._copy_part(
                         stretch, _Shown(slot, host + guest - start - within, guest, n), words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +242,15 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path, spoil: Callable[[Path],
     spoil(path)
     assert DAMAGE[spoil] in command.fails("compact", path, tmp_path / "out.qcow2")
     assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_what_the_other_compression_does_not_make_smaller(tmp_path: Path) -> None:
+    """Twice the same half: zstd sees that, deflate with qcow2's window of 4 KiB does not."""
+    options = {"extended_l2": "on", "compression_type": "zstd"}
+    path, out = qemu.create(tmp_path / "disk.qcow2", MiB, **options), tmp_path / "out.qcow2"
+    half = tmp_path / "half"
+    half.write_bytes(random.Random(1).randbytes(32 * KiB))
+    qemu.io(path, f"write -c -s {half} 0 64k")
+    qemu.take(path, "s")
+    command.qcow2snap("compact", path, out, "--compress", "zlib")
+    assert_same(path, out)

@@ -52,7 +52,7 @@ class Disk:
         self._clusters = clusters
         self._guard = guard
         self._below = below
-        self._base = base
+        self.base = base
         #: reads the common case natively, or None
         self.reader = make_reader(guard, self)
 
@@ -122,7 +122,7 @@ class Disk:
     def reach(self) -> int:
         """How many of its bytes, from the first on, its L1 table covers; the others are lost."""
         reach = self._mapping.reach
-        return self.size if reach is None else max(0, min(self.size, reach - self._base))
+        return self.size if reach is None else max(0, min(self.size, reach - self.base))
 
     @property
     def below(self) -> Layer | None:
@@ -134,14 +134,14 @@ class Disk:
         Raises as :meth:`pread_into`."""
         for guest, n, kind, _ in confirmed(self._runs(0, self.size), self) if self.size else ():
             if kind != UNALLOCATED:
-                yield Extent(guest - self._base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
+                yield Extent(guest - self.base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
             length = min(length, _MOST_PREFETCHED)
             budget = Budget(_MOST_PREFETCHED_LOOKUPS)
-            for guest, n, kind, location in self._mapping.runs(self._base + offset, length, budget):
+            for guest, n, kind, location in self._mapping.runs(self.base + offset, length, budget):
                 if kind == DATA:
                     self._clusters.will_need(location, n)
                 elif kind == COMPRESSED:
@@ -164,11 +164,11 @@ class Disk:
         if data is None:
             return None
         fd, *clusters = data
-        return fd, self.size, *self._mapping.description(), self._base, *clusters
+        return fd, self.size, *self._mapping.description(), self.base, *clusters
 
     def fill(self, buffer: Buffer, offset: int, budget: Budget | None = None) -> None:
         length = len(buffer)
-        guest = self._base + offset
+        guest = self.base + offset
         if budget is not None:
             budget.remaining -= 1
         try:
@@ -194,7 +194,7 @@ class Disk:
             )
 
     def in_file(self, offset: int, length: int) -> FileRange | None:
-        n, kind, location = self._mapping.run(self._base + offset, length)
+        n, kind, location = self._mapping.run(self.base + offset, length)
         if kind == UNALLOCATED and self._below is not None:
             inside = min(n, self._below.size - offset)
             return self._below.in_file(offset, inside) if inside > 0 else None
@@ -207,7 +207,7 @@ class Disk:
         if not length:
             return
         for guest, n, kind, location in self._runs(offset, length, budget):
-            start = guest - self._base
+            start = guest - self.base
             if kind in (DATA, COMPRESSED):
                 try:
                     host = self._clusters.locate(kind == COMPRESSED, location, n)
@@ -246,7 +246,7 @@ class Disk:
             if budget is not None:
                 budget.spend_since(began)
         elif kind == UNALLOCATED and self._below is not None:
-            offset = guest - self._base
+            offset = guest - self.base
             inside = max(0, min(len(buffer), self._below.size - offset))
             if inside < len(buffer):
                 buffer = memoryview(buffer).cast("B")
@@ -261,7 +261,7 @@ class Disk:
         self, offset: int, length: int, budget: Budget | None = None
     ) -> Iterator[tuple[int, int, int, int]]:
         """The mapping's runs, with its errors located."""
-        guest = self._base + offset
+        guest = self.base + offset
         try:
             for run in self._mapping.runs(guest, length, budget):
                 yield run
@@ -272,6 +272,6 @@ class Disk:
     def _located(self, e: Error, guest: int) -> Error:
         """The same error, saying whose and which guest offset could not be read; of the layers
         below only the last one is named."""
-        located = type(e)(f"{self.name}: guest offset {guest - self._base:#x}: {e._located or e}")
+        located = type(e)(f"{self.name}: guest offset {guest - self.base:#x}: {e._located or e}")
         located._located = e._located or str(located)
         return located

@@ -26,7 +26,6 @@ from ..image.disk import Disk
 from ..image.extents import ALLOCATED, Extent
 from ..image.image import Image
 from ..image.layers import Layer, RawLayer
-from ..image.opener import Options
 from ..storage.libnbd import is_uri
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
@@ -37,7 +36,7 @@ from .mover import Plan, RawSource, transfer, whole
 from .outputs import output, permissions, private, publish
 from .qemu import create, options_like, qemu_img, writable
 from .room import check_room
-from .verify import State, Written, images
+from .verify import State, Written, images, reading
 
 SPLIT_TARGETS: Final = Kind.DIRECTORY
 JOIN_TARGETS: Final = Kind.FILE
@@ -97,7 +96,7 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
                 backing = _relative(part.name + ENDING), "qcow2"
         ensure_not_written(image.files)
         if verify:
-            images([_overlay(part, temporary, directory) for part in parts], _options(image))
+            images([_overlay(part, temporary, directory) for part in parts], reading(image))
             ensure_not_written(image.files)
         for path in paths:
             publish(path, most)
@@ -231,7 +230,7 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
         ensure_not_written(top.files)
         if verify:
             states = [part.state for part in parts]
-            images([Written(temporary, out, states, states[-1])], _options(top))
+            images([Written(temporary, out, states, states[-1])], reading(top))
             ensure_not_written(top.files)
     return [part.name for part in parts]
 
@@ -252,13 +251,6 @@ def _layer_part(path: str, layer: Layer) -> Part:
 
 def _state(name: str, disk: Disk) -> State:
     return State(name, disk.size, disk, lambda: whole(disk))
-
-
-def _options(image: Image) -> Options:
-    """To open what was written: it is not encrypted, and names what the image names."""
-    directories = [file.directory for file in image.files if file.directory is not None]
-    options = image.options
-    return options._replace(allow_dirs=(*options.allow_dirs, *directories), passphrases={})
 
 
 def _create(like: Image, path: str, size: int, backing: tuple[str, str] | None) -> None:

@@ -23,7 +23,7 @@ from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, Extent
 from ..image.image import Image
-from ..image.opener import Options, open_image
+from ..image.opener import open_image
 from ..storage.locks import ensure_not_written
 from ..tables.check import check
 from ..tables.diff import changes
@@ -31,14 +31,14 @@ from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
 from ..util.progress import Advance, progress
 from .chains import check_local, kept_backing
 from .compressors import COMPRESSIONS
-from .copier import Copier, Stretch
+from .copier import Copier
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
 from .mover import whole
 from .newimage import NewImage, Shape
 from .outputs import output, permissions
 from .room import check_space
-from .verify import compare
+from .verify import check_size, compare, reading
 
 COMPACT_TARGETS: Final = Kind.FILE
 
@@ -71,7 +71,7 @@ def compact(
             os.close(fd)
         _check_unchanged(image, table)
         if verify:
-            with open_image(part, _options(image)) as written:
+            with open_image(part, reading(image, below=True)) as written:
                 compare_images(image, written, table, out)
             _check_unchanged(image, table)
 
@@ -110,11 +110,7 @@ def _write(image: Image, table: Table, new: NewImage, shape: Shape, compress: bo
         copier = Copier(image, new, shape, compress, advance)
         try:
             for snapshot, disk, vm_state in _states(image, table):
-                stretches = [Stretch(disk, 0)]
-                if vm_state is not None:
-                    span = shape.bytes_per_l1_entry
-                    stretches.append(Stretch(vm_state, -(-disk.size // span) * span))
-                l1 = copier.l1_table(stretches)
+                l1 = copier.l1_table([disk] if vm_state is None else [disk, vm_state])
                 if snapshot is None:
                     new.finish(disk.size, l1)
                 else:
@@ -186,8 +182,7 @@ def _described(s: Snapshot) -> tuple[object, ...]:
 def _compare(
     old: Disk, new: Disk, before: tuple[Disk, Disk] | None, what: str, advance: Advance
 ) -> None:
-    if old.size != new.size:
-        raise StorageError(f"{what} was written wrong: it has {new.size} bytes, not {old.size}")
+    check_size(old.size, new.size, what)
     if before is None:
         compare(old, lambda: whole(old), new, what, advance)
         return
@@ -199,11 +194,3 @@ def _compare(
 def _to_compare(before: Disk, now: Disk) -> Iterator[Extent]:
     """Where one image says that the states differ; with what, the other may see otherwise."""
     return (extent._replace(type=ALLOCATED) for extent in changes(before, now))
-
-
-def _options(image: Image) -> Options:
-    """To open what was written: it is not encrypted, but what it lies on may be."""
-    passphrases = {n: p for n, p in image.options.passphrases.items() if n}
-    directories = [file.directory for file in image.files if file.directory is not None]
-    allowed = (*image.options.allow_dirs, *directories)
-    return image.options._replace(allow_dirs=allowed, passphrases=passphrases)

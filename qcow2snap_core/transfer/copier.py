@@ -32,13 +32,6 @@ _PARTS: Final = q.SUBCLUSTERS
 _ALL: Final = (1 << _PARTS) - 1
 
 
-class Stretch(NamedTuple):
-    """A part of what a state's tables map: the disk, or the VM state that lies behind it."""
-
-    disk: Disk
-    base: int  # guest offset of its first byte
-
-
 class _Shown(NamedTuple):
     """What an L2 entry shows of a cluster of the old image."""
 
@@ -72,42 +65,43 @@ class Copier:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def l1_table(self, stretches: list[Stretch]) -> array[int]:
-        """Write what the stretches' L2 tables lead to, and these tables; returns their offsets.
+    def l1_table(self, disks: list[Disk]) -> array[int]:
+        """Write what the L2 tables of a state's disk and of its VM state lead to, and these tables;
+        returns their offsets.
 
         Raises as :meth:`.Disk.pread_into`.
         """
         span = self._shape.bytes_per_l1_entry
-        end = max(base + disk.size for disk, base in stretches)
+        end = max(disk.base + disk.size for disk in disks)
         l1 = array("Q", bytes(q.L1_ENTRY_SIZE * max(1, -(-end // span))))
-        for disk, base in stretches:
+        for disk in disks:
             if disk.reach < disk.size:
                 raise ImageError(f"{disk.name}: its L1 table ends before its disk does")
-            first, stop = base // span, -(-(base + disk.size) // span)
+            first, stop = disk.base // span, -(-(disk.base + disk.size) // span)
             have = max(0, min(stop, disk.tables.l1_size) - first)
             for index, entry in enumerate(disk.tables.l1_entries(first, have), first):
                 raise_if_interrupted()
                 old = disk.tables.l2_offset(index, entry)
                 if old:
-                    inside = min(span, base + disk.size - index * span)
-                    l1[index] = self._table(Stretch(disk, base), old, index * span, inside)
+                    inside = min(span, disk.base + disk.size - index * span)
+                    l1[index] = self._table(disk, old, index * span, inside)
             disk.confirm()
         return l1
 
-    def _table(self, stretch: Stretch, old: int, guest: int, inside: int) -> int:
+    def _table(self, disk: Disk, old: int, guest: int, inside: int) -> int:
         key = old, inside
         if key not in self._tables:
-            words = self._l2_words(stretch, guest, inside)
+            words = self._l2_words(disk, guest, inside)
             self._tables[key] = self._new.l2_table(words) if any(words) else 0
             self._advance(inside)
         return self._tables[key]
 
-    def _l2_words(self, stretch: Stretch, first: int, inside: int) -> array[int]:
+    def _l2_words(self, disk: Disk, first: int, inside: int) -> array[int]:
         """The new L2 table for the guest offsets from ``first`` on, its clusters written."""
         step = self._shape.entry_words
         words = array("Q", bytes(q.L2_ENTRY_SIZE * step * self._shape.l2_entries))
         whole: list[_Shown] = []  # neighbours, to be copied in one go
-        for start, length, kind, host in stretch.disk.mapping.runs(first, inside):
+        for start, length, kind, host in disk.mapping.runs(first, inside):
             if kind == UNALLOCATED:
                 continue
             for guest, n in _by_cluster(start, length, self._size):
@@ -116,11 +110,11 @@ class Copier:
                 if kind == ZERO:
                     self._zero(words, slot, within, n)
                 elif kind == COMPRESSED:
-                    entry = self._compressed(stretch, host, guest, n)
+                    entry = self._compressed(disk, host, guest, n)
                     self._show(words, _Shown(slot, host, guest, n), entry)
                 elif n < self._size:
                     self._copy_part(
-                        stretch, _Shown(slot, host + guest - start - within, guest, n), words
+                        disk, _Shown(slot, host + guest - start - within, guest, n), words
                     )
                 else:
                     shown = _Shown(slot, host + guest - start, guest, n)
@@ -128,10 +122,10 @@ class Copier:
                         self._show(words, shown, self._clusters[shown.old])
                         continue
                     if whole and not self._goes_on(whole, guest):
-                        self._copy(stretch, whole, words)
+                        self._copy(disk, whole, words)
                         whole = []
                     whole.append(shown)
-        self._copy(stretch, whole, words)
+        self._copy(disk, whole, words)
         return words
 
     def _goes_on(self, whole: list[_Shown], guest: int) -> bool:
@@ -159,17 +153,17 @@ class Copier:
 
     # --- Clusters ---
 
-    def _read(self, stretch: Stretch, guest: int, length: int) -> memoryview:
+    def _read(self, disk: Disk, guest: int, length: int) -> memoryview:
         data = memoryview(bytearray(length))
-        stretch.disk.pread_into(data, guest - stretch.base)
+        disk.pread_into(data, guest - disk.base)
         return data
 
-    def _copy(self, stretch: Stretch, whole: list[_Shown], words: array[int]) -> None:
+    def _copy(self, disk: Disk, whole: list[_Shown], words: array[int]) -> None:
         """Write whole clusters that lie one after the other in the guest."""
         if not whole:
             return
         size = self._size
-        data = self._read(stretch, whole[0].guest, len(whole) * size)
+        data = self._read(disk, whole[0].guest, len(whole) * size)
         pieces = [data[at : at + size] for at in range(0, len(data), size)]
         streams: Iterator[bytes] = iter([self._zeros] * len(whole))  # nothing is saved
         if self._pool:
@@ -195,7 +189,7 @@ class Copier:
         for host, piece in plain:
             self._new.write(piece, host)
 
-    def _copy_part(self, stretch: Stretch, shown: _Shown, words: array[int]) -> None:
+    def _copy_part(self, disk: Disk, shown: _Shown, words: array[int]) -> None:
         """Write what is shown of a cluster, unless it was written before."""
         key, entry = shown.old, self._clusters.get(shown.old)
         if entry is not None and entry & q.OFLAG_COMPRESSED and self._shape.extended_l2:
@@ -207,23 +201,23 @@ class Copier:
         within, n = shown.guest % self._size, shown.length
         done = self._copied.get(key, _ALL)
         if self._touched(within, n) & ~done:
-            self._new.write(self._read(stretch, shown.guest, n), entry + within)
+            self._new.write(self._read(disk, shown.guest, n), entry + within)
             self._copied[key] = done | self._covered(within, n)
             if self._copied[key] == _ALL:
                 del self._copied[key]
         self._show(words, shown, entry)
 
-    def _compressed(self, stretch: Stretch, entry: int, guest: int, n: int) -> int:
+    def _compressed(self, disk: Disk, entry: int, guest: int, n: int) -> int:
         """The new entry of a compressed cluster, of which the guest sees ``n`` bytes."""
         if entry in self._clusters:
             return self._clusters[entry]
         same = self._image.header.compression == self._shape.compression
-        stream = self._stream(stretch, entry, guest) if same else b""
+        stream = self._stream(disk, entry, guest) if same else b""
         if 0 < len(stream) < self._size:
             new = self._new.compressed(stream)
         else:
             cluster = memoryview(bytearray(self._size))
-            stretch.disk.pread_into(cluster[:n], guest - stretch.base)
+            disk.pread_into(cluster[:n], guest - disk.base)
             stream = self._compressor.compress(cluster)
             if len(stream) < self._size:
                 new = self._new.compressed(stream)
@@ -235,14 +229,14 @@ class Copier:
         self._clusters[entry] = new
         return new
 
-    def _stream(self, stretch: Stretch, entry: int, guest: int) -> bytes:
+    def _stream(self, disk: Disk, entry: int, guest: int) -> bytes:
         offset, length = self._image.stream(entry)
         stream = self._image.storage.read(length, offset)
         try:
             return stream[: self._compressor.length(stream, self._size)]
         except ImageError as e:
             raise ImageError(
-                f"{stretch.disk.name}: guest offset {guest - stretch.base:#x}: the compressed "
+                f"{disk.name}: guest offset {guest - disk.base:#x}: the compressed "
                 f"cluster at host offset {offset:#x}: {e}"
             ) from e
 

@@ -141,8 +141,9 @@ class NewImage:
         snapshots = b"".join(self._entries)
         snapshots_offset = self.allocate(len(snapshots)) if snapshots else 0
         self.write(snapshots, snapshots_offset)
-        counts = self._count(snapshots_offset, len(snapshots))
-        self._mark_copied(counts)
+        tables = self._tables()
+        counts = self._count(tables, snapshots_offset, len(snapshots))
+        self._mark_copied(tables, counts)
         try:
             # To the disk before the header, so that there is no image of which parts are missing.
             order, table, clusters = self._add_refcounts(counts)
@@ -172,7 +173,9 @@ class NewImage:
         self._l1_tables.append((offset, l1))
         return offset
 
-    def _count(self, snapshots_offset: int, snapshots_length: int) -> array[int]:
+    def _count(
+        self, tables: Counter[int], snapshots_offset: int, snapshots_length: int
+    ) -> array[int]:
         """How often each cluster is referred to (QEMU: qcow2_update_snapshot_refcount)."""
         counts = array("Q", bytes(8 * (self._end // self._size)))
         counts[0] = 1
@@ -180,7 +183,7 @@ class NewImage:
         for offset, length in [*once, (snapshots_offset, snapshots_length)]:
             for cluster in range(offset // self._size, -(-(offset + length) // self._size)):
                 counts[cluster] = 1
-        for table, times in self._tables().items():
+        for table, times in tables.items():
             counts[table // self._size] = times
             for entry in self._read_l2(table)[:: self._shape.entry_words]:
                 for cluster in self._clusters(entry):
@@ -205,9 +208,9 @@ class NewImage:
         offset = entry & q.OFFSET_MASK
         return range(offset // self._size, offset // self._size + bool(offset))
 
-    def _mark_copied(self, counts: array[int]) -> None:
+    def _mark_copied(self, tables: Counter[int], counts: array[int]) -> None:
         """Write the L1 tables, and COPIED into all entries that alone lead to their cluster."""
-        for table, times in self._tables().items():
+        for table, times in tables.items():
             if times > 1:
                 continue  # what it leads to is referred to as often
             words = self._read_l2(table)

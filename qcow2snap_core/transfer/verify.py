@@ -85,6 +85,17 @@ def images(written: Sequence[Written], options: Options) -> None:
                 _image(image, each, advance)
 
 
+def reading(image: Image, below: bool = False) -> Options:
+    """To open what was written of an image: it is not encrypted, and names what the image names.
+    ``below``: it lies on the image's own backing file, which may be."""
+    directories = [file.directory for file in image.files if file.directory is not None]
+    options = image.options
+    return options._replace(
+        allow_dirs=(*options.allow_dirs, *directories),
+        passphrases={n: p for n, p in options.passphrases.items() if n and below},
+    )
+
+
 def _states(written: Written) -> list[State]:
     """Those that are read whole."""
     known = written.active in written.snapshots[-1:]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable
+from typing import Any, Final
 
-from ..errors import SnapshotGone, UsageError
-from ..format.snapshot_table import Table
-from ..format.snapshots import Snapshot
+from ..errors import UsageError
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -101,23 +99,6 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(LockGuard(image.files))
         raise
-
-
-_T = TypeVar("_T")
-_ATTEMPTS: Final = 5
-
-
-def of_all(image: Image, ask: Callable[[Sequence[Snapshot]], _T]) -> tuple[Table, _T]:
-    """The snapshot table, and what ``ask`` finds out about all snapshots in it; both are had anew
-    when one was deleted meanwhile.  Raises SnapshotGone when that happens each time."""
-    for attempt in range(_ATTEMPTS):
-        table = image.table()
-        try:
-            return table, ask(table.snapshots)
-        except SnapshotGone:
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from ..tables.findings import ACTIVE
 from ..tables.sharing import picture
 from ..tables.space import Freed, exclusive_sizes, freed_together
 from ..util.units import binary
-from .common import add_image_options, of_all, open_from, print_json
+from .common import add_image_options, open_from, print_json
 from .drawing import text
 from .streams import say
 from .text import cut, fitted, print_table, terminal_width
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_list(image: Image, json: bool, wide: bool) -> Table:
-    table, sizes = of_all(image, partial(exclusive_sizes, image))
+    table, sizes = image.of_all(partial(exclusive_sizes, image))
     listed = list(zip(table.snapshots, sizes, strict=True))
     if json:
         names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
@@ -129,7 +129,7 @@ def _print_tree(image: Image) -> Table:
         width = columns - ids - tags - len("    ")
         return text(picture(image, snapshots, max(width, _NARROWEST)), rows)
 
-    table, lines = of_all(image, draw)
+    table, lines = image.of_all(draw)
     for line in lines:
         print(line)
     return table
@@ -140,7 +140,7 @@ def _print_freed(image: Image, words: Sequence[str], json: bool) -> Table:
         chosen = _named(Table(tuple(snapshots), None), words, image.path)
         return chosen, freed_together(image, snapshots, {s.identity for s in chosen})
 
-    table, (chosen, freed) = of_all(image, ask)
+    table, (chosen, freed) = image.of_all(ask)
     if json:
         named: dict[str, Any] = {"snapshots": [s.id for s in chosen]}
         print_json([named | _sizes("freed", freed)])

@@ -22,7 +22,6 @@ from .common import (
     add_image_options,
     disk_named,
     map_line,
-    of_all,
     open_from,
     print_json,
 )
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_svg(image: Image, name: str | None) -> None:
-    table, drawn = of_all(image, lambda snapshots: picture(image, snapshots, _CELLS))
+    table, drawn = image.of_all(lambda snapshots: picture(image, snapshots, _CELLS))
     if name is not None:
         chosen = None
         if name != ACTIVE or any(ACTIVE in (s.id, s.name) for s in table.snapshots):

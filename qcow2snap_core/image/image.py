@@ -6,19 +6,19 @@ shows the ones it has now.  :mod:`.opener` makes one, with all that lies below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from types import TracebackType
 from weakref import WeakValueDictionary
 
-from ..errors import ImageError, escaped, shown
+from ..errors import ImageError, SnapshotGone, escaped, shown
 from ..format import ondisk as q
 from ..format.choosing import Choice, choose
 from ..format.header import Header
 from ..format.snapshot_table import Table, read_table
 from ..format.snapshots import Identity, Snapshot
 from ..storage.local import Storage, ensure_open
-from ..typed import TYPE_CHECKING, Final
+from ..typed import TYPE_CHECKING, Final, TypeVar
 from ..util.cache import OVERHEAD, BoundedCache
 from .clusters import ClusterCache, Clusters
 from .disk import Disk
@@ -29,6 +29,11 @@ from .tablereader import Geometry
 if TYPE_CHECKING:
     from .layers import Layer
     from .opener import Options
+
+
+_T = TypeVar("_T")
+
+_ATTEMPTS: Final = 5  # to ask about all snapshots while they come and go
 
 
 class Chain:
@@ -87,6 +92,18 @@ class Image:
         if self.header.has_data_file and not table.snapshots:
             return table._replace(note="QEMU keeps none in an image with an external data file")
         return table
+
+    def of_all(self, ask: Callable[[Sequence[Snapshot]], _T]) -> tuple[Table, _T]:
+        """The snapshot table, and what ``ask`` finds out about all snapshots in it; both are had
+        anew when one was deleted meanwhile.  Raises SnapshotGone when that happens each time."""
+        for attempt in range(_ATTEMPTS):
+            table = self.table()
+            try:
+                return table, ask(table.snapshots)
+            except SnapshotGone:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     def snapshot(self, name: str) -> Disk:
         """The disk of the snapshot with that ID, else of the first with that name.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from ..errors import SnapshotGone, shown
+from ..errors import shown
 from ..tables import check as tables_check
 from ..tables import diff, space
 from ..tables.findings import Finding
@@ -18,8 +19,6 @@ from .snapshot import Snapshot
 __all__ = ["Finding", "changes", "check", "exclusive_sizes"]
 
 public(Finding)
-
-_ATTEMPTS = 5
 
 
 @public
@@ -60,16 +59,9 @@ def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
     nightly 65536
     """
     arguments.instance("image", image, Image)
-    for attempt in range(_ATTEMPTS):
-        snapshots = image.snapshots
-        try:
-            freed = space.exclusive_sizes(image._image, [s._entry for s in snapshots])
-            sizes = [None if each is None else each.size for each in freed]
-            return list(zip(snapshots, sizes, strict=True))
-        except SnapshotGone:
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError
+    table, freed = image._image.of_all(partial(space.exclusive_sizes, image._image))
+    sizes = (None if each is None else each.size for each in freed)
+    return list(zip(map(Snapshot, table.snapshots), sizes, strict=True))
 
 
 @public

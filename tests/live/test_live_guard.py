@@ -23,7 +23,6 @@ from support.qemu import MiB
 from support.server import serve
 from support.tables import Entry
 
-from qcow2snap_core.cli.common import of_all
 from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.format.snapshot_table import read_fields, read_table
 from qcow2snap_core.format.snapshots import Snapshot
@@ -216,7 +215,7 @@ def test_a_list_is_made_anew_when_one_was_deleted_meanwhile(path: Path, monkeypa
             q.take(name)
         l1 = named(image.storage, "new").l1_table_offset
         act(monkeypatch, lambda: q.delete("middle"), after=lambda length, offset: offset == l1)
-        table, sizes = of_all(image, partial(exclusive_sizes, image))
+        table, sizes = image.of_all(partial(exclusive_sizes, image))
         assert [s.name for s in table.snapshots] == ["old", "new"]
         assert sizes == exclusive_sizes(image, image.snapshots)
 

@@ -38,11 +38,12 @@ COMMANDS = (
     "ls",
     "cat",
     "extract",
+    "memory",
     "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
+_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract", "memory")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)

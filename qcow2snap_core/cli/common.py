@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
+from ..format.choosing import Choice, choose
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -99,6 +100,15 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(LockGuard(image.files))
         raise
+
+
+def state_named(image: Image, name: str) -> Disk:
+    """The VM state that was saved with a snapshot, by its ID or name.  Raises UsageError when it
+    has none, and as :meth:`.Image.snapshot`."""
+    snapshot = choose(image.table(), Choice(name), image.path)
+    if not snapshot.vm_state_size:
+        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    return image.disk(snapshot, vm_state=True)
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import UsageError, shown
-from ..format.choosing import Choice, choose
+from ..errors import UsageError
 from ..image.disk import Disk
 from ..image.image import Image
 from ..serve.exports import VM_STATE
@@ -29,7 +28,14 @@ from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    disk_named,
+    open_from,
+    state_named,
+)
 from .streams import OUTPUT_NAMES, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
@@ -111,7 +117,4 @@ def _disk(image: Image, name: str) -> tuple[Disk, bool]:
     except UsageError:
         if not name.endswith(VM_STATE):
             raise
-    snapshot = choose(image.table(), Choice(name.removesuffix(VM_STATE)), image.path)
-    if not snapshot.vm_state_size:
-        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
-    return image.disk(snapshot, vm_state=True), True
+    return state_named(image, name.removesuffix(VM_STATE)), True

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby, islice
 from typing import Final, NamedTuple, Protocol
@@ -145,7 +145,9 @@ def transfer(source: Source, plan: Plan, target: Target, bar: Bar, threads: int 
     target.flush()
 
 
-def ordered(source: Source, plan: Plan, threads: int = THREADS) -> Iterator[memoryview]:
+def ordered(
+    source: Source, plan: Plan, threads: int = THREADS
+) -> Generator[memoryview, None, None]:
     """All bytes of a plan without gaps, in order, each piece until the next is asked for.
 
     As many pieces as there are threads are read ahead.  Raises what reading raises, where it is.

@@ -17,6 +17,7 @@ from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
+from ..util.units import parse_seconds
 from ..util.wording import COMMAND, passphrase_key
 
 #: nbdinfo's words for the types of extents
@@ -51,6 +52,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET|+FILE|-|-FD",
         help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
     )
+    group.add_argument(
+        "--remote-timeout",
+        metavar="SECONDS",
+        help="give up when an NBD server is silent for so long; default: 30",
+    )
 
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +84,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
             passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
+    timeout = args.remote_timeout
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -85,6 +92,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
         words=COMMAND,
     )
     return open_image(args.file, options)

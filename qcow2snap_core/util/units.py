@@ -25,6 +25,15 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """A time in seconds, more than none: ``30``, ``0.5``.  Raises UsageError."""
+    import re
+
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) and float(text) > 0:
+        return float(text)
+    raise UsageError(f"{text!r} is no time: give seconds, more than 0, like 30 or 0.5")
+
+
 def binary(size: int) -> str:
     """A size for people, as ``qemu-img`` writes it: ``0 B``, ``1.5 GiB``."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")

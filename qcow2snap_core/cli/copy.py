@@ -29,7 +29,14 @@ from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    disk_named,
+    ensure_not_source,
+    open_from,
+)
 from .streams import OUTPUT_NAMES, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
     # Before a passphrase is asked for.
+    ensure_not_source(target, args.file)
     if args.since is None:
         to = new_copy(target, form=args.format, compress=args.compress, replace=args.force)
     else:

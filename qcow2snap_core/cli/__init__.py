@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parser(_needed(argv)).parse_args(argv)
+        args = whole_parser(_needed(argv)).parse_args(argv)
         status: int = args.run(args)
         return status
     except SystemExit as e:  # of argparse: help, version, or a usage error that it has printed
@@ -121,7 +121,7 @@ def _needed(argv: Sequence[str]) -> Sequence[str]:
     return argv[:1] if argv and argv[0] in COMMANDS and argv[0] != "help" else COMMANDS
 
 
-def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def whole_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",

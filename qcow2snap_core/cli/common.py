@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
 from ..errors import UsageError, shown
@@ -96,6 +98,14 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         words=COMMAND,
     )
     return open_image(args.file, options)
+
+
+def ensure_not_source(target: str, file: str) -> None:
+    """Raises UsageError when a target is the image itself: to say that it is there already, and how
+    to replace it, would be bad advice."""
+    with suppress(OSError, ValueError):
+        if os.path.samefile(target, file):
+            raise UsageError(f"{shown(target)} is the image that is read: give another target")
 
 
 def disk_named(image: Image, name: str) -> Disk:

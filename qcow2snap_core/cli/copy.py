@@ -33,6 +33,7 @@ from .common import (
     add_image_options,
     add_no_verify,
     disk_named,
+    ensure_not_source,
     open_from,
     state_named,
 )
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
     # Before a passphrase is asked for.
+    ensure_not_source(target, args.file)
     if args.since is None:
         to = new_copy(target, form=args.format, compress=args.compress, replace=args.force)
     else:

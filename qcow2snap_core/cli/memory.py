@@ -18,7 +18,14 @@ from ..transfer.judge import judge
 from ..transfer.memoryfile import FORMS, MEMORY_TARGETS, Memory, form_of_memory, save_memory
 from ..util.interrupts import deferred
 from ..util.units import parse_size
-from .common import add_force, add_image_options, open_from, print_json, state_named
+from .common import (
+    add_force,
+    add_image_options,
+    ensure_not_source,
+    open_from,
+    print_json,
+    state_named,
+)
 from .streams import warn
 
 HELP = "write the memory of a saved machine to a file"
@@ -56,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     form = args.format or form_of_memory(args.out)
     below = None if args.below_4g is None else parse_size(args.below_4g)
     wish = Wish(below, args.ram, dict(map(_placed, args.place)))
+    ensure_not_source(args.out, args.file)
     place = judge(args.out, MEMORY_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         memory = save_memory(image, state_named(image, args.snapshot), place, form, wish, warn)

@@ -13,7 +13,7 @@ from ..util.passphrase import read_passphrase
 from ..util.units import parse_seconds, parse_size
 from ..util.wording import PLUGIN
 
-_ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
+ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
 KEYS: Final = (
     "file",
     "snapshot",
@@ -44,7 +44,7 @@ class Settings:
         """Take one key.  Raises UsageError that names it when it or its value is wrong."""
         if not is_key(key):
             raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
-        key = _ALIASES.get(key, key)
+        key = ALIASES.get(key, key)
         layer = _layer(key)
         if key in self._allowed:
             self._allowed[key].append(_from_here(key, value))
@@ -95,7 +95,7 @@ class Settings:
 
 def is_key(key: str) -> bool:
     """Whether the plugin has such a key."""
-    return _layer(key) is not None or key in {*KEYS, *_ALIASES} - {"passphrase.N"}
+    return _layer(key) is not None or key in {*KEYS, *ALIASES} - {"passphrase.N"}
 
 
 def _layer(key: str) -> int | None:

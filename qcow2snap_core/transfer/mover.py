@@ -137,10 +137,10 @@ def transfer(source: Source, plan: Plan, target: Target, bar: Bar, threads: int 
 
     if target.foreign:
         for kind in (HOLE_ZERO, ALLOCATED):
-            spread(_blocks(_only(kind, plan())), writer, threads)
+            spread(by_block(_only(kind, plan())), writer, threads)
             target.flush()
         return
-    spread(_blocks(plan()), writer, threads)
+    spread(by_block(plan()), writer, threads)
     bar.now("waiting for the disk")
     target.flush()
 
@@ -201,7 +201,7 @@ def cut(extents: Iterable[Extent]) -> Iterator[Extent]:
             at = stop
 
 
-def _blocks(extents: Iterable[Extent]) -> Iterator[Block]:
+def by_block(extents: Iterable[Extent]) -> Iterator[Block]:
     """The pieces by the block in which they begin; none goes on into a block where others are."""
     for _, block in groupby(cut(extents), lambda piece: piece.offset // PIECE):
         yield list(block)

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes and numbers as people write and read them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def binary(size: int) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     step = max((size * 1024 // 1000).bit_length() - 1, 0) // 10  # 1000 B is 0.977 KiB
     return f"{size / (1 << 10 * step):.3g} {units[step]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

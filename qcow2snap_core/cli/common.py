@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ..errors import UsageError, shown
 from ..format.choosing import Choice, choose
+from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -120,13 +121,13 @@ def disk_named(image: Image, name: str) -> Disk:
         raise
 
 
-def state_named(image: Image, name: str) -> Disk:
-    """The VM state that was saved with a snapshot, by its ID or name.  Raises UsageError when it
+def saved_named(image: Image, name: str) -> Snapshot:
+    """The snapshot with that ID or name, of a machine with its state.  Raises UsageError when it
     has none, and as :meth:`.Image.snapshot`."""
     snapshot = choose(image.table(), Choice(name), image.path)
     if not snapshot.vm_state_size:
         raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
-    return image.disk(snapshot, vm_state=True)
+    return snapshot
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

@@ -35,7 +35,7 @@ from .common import (
     disk_named,
     ensure_not_source,
     open_from,
-    state_named,
+    saved_named,
 )
 from .streams import OUTPUT_NAMES, warn
 
@@ -119,4 +119,5 @@ def _disk(image: Image, name: str) -> tuple[Disk, bool]:
     except UsageError:
         if not name.endswith(VM_STATE):
             raise
-    return state_named(image, name.removesuffix(VM_STATE)), True
+    snapshot = saved_named(image, name.removesuffix(VM_STATE))
+    return image.disk(snapshot, vm_state=True), True

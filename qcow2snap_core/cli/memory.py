@@ -24,7 +24,7 @@ from .common import (
     ensure_not_source,
     open_from,
     print_json,
-    state_named,
+    saved_named,
 )
 from .streams import warn
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     ensure_not_source(args.out, args.file)
     place = judge(args.out, MEMORY_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
-        memory = save_memory(image, state_named(image, args.snapshot), place, form, wish, warn)
+        memory = save_memory(image, saved_named(image, args.snapshot), place, form, wish, warn)
     if args.json:
         print_json(_objects(memory))
     else:

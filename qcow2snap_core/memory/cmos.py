@@ -12,7 +12,9 @@ somebody has to look.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 _FULL: Final = b"\x04"
@@ -20,6 +22,8 @@ _FOOTER: Final = b"\x7e"
 _END: Final = b"\x00\x06"  # of the device states, and the description's mark
 
 _MOST_DESCRIPTION: Final = 16 << 20  # bytes; that of a large machine has one
+_MOST_STATES: Final = 64 << 20  # bytes, with the description
+_MOST_MARKS: Final = 1000  # that are looked at
 _CLOCK: Final = "mc146818rtc"
 _REGISTERS: Final = 128
 _UNIT: Final = 64 << 10
@@ -57,6 +61,17 @@ def read_cmos(read: Read, size: int) -> Cmos | None:
     below = int.from_bytes(registers[0x34:0x36], "little")
     above = int.from_bytes(registers[0x5B:0x5E], "little")
     return Cmos(_FIRST + below * _UNIT if below else 0, above * _UNIT)
+
+
+def find_end(read: Read, start: int, limit: int) -> int | None:
+    """Where a state ends whose device states begin at ``start``, if its size does not say that; it
+    has to be before ``limit``."""
+    data = read(min(limit - start, _MOST_STATES), start)
+    for mark in islice(re.finditer(rb"\x00\x06(.{4})\{", data, re.DOTALL), _MOST_MARKS):
+        end = mark.end() - 1 + int.from_bytes(mark[1], "big")
+        if end <= len(data) and data[end - 1 : end] == b"}":
+            return start + end
+    return None
 
 
 class _OddError(Exception):

@@ -22,6 +22,8 @@ well, as a mark.  So a page that never comes is no zero page, but one that is lo
 
 All that is read is checked: whether a block is known, and a page inside of it; whether lengths add
 up to what is announced; and what is announced against the state's own size.
+
+There is another form for the pages, :mod:`.mappedram`.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from ..errors import ImageError, shown
+from .blocks import PAGE, Block, Run
+from .mappedram import Mapped, mapped_runs, read_header
 from .stream import Stream
-
-PAGE: Final = 4096  # of x86
 
 _MAGIC: Final = b"QEVM"
 _VERSION: Final = 3
@@ -77,28 +79,10 @@ _CANNOT: Final = {
     _XBZRLE: "pages as differences to older ones (XBZRLE)",
     _MULTIFD: "pages that were sent over other connections (multifd)",
 }
-_CAPABILITIES: Final = {
-    "x-ignore-shared": "was saved without the memory that is shared with other programs",
-    "mapped-ram": "has its RAM in the form mapped-ram",
-}
+_IGNORE_SHARED: Final = "x-ignore-shared"
+_MAPPED_RAM: Final = "mapped-ram"
 
 _be64 = struct.Struct(">Q").unpack_from
-
-
-class Block(NamedTuple):
-    """A RAM block of QEMU's."""
-
-    name: str
-    size: int  # bytes
-
-
-class Run(NamedTuple):
-    """Pages that lie together in a block."""
-
-    block: int  # its number
-    offset: int  # in the block
-    length: int
-    data: bytes | None  # None: zeros
 
 
 class SavedRam:
@@ -111,6 +95,8 @@ class SavedRam:
             raise ImageError(f"{stream.name} is no migration stream of version 3")
         #: the machine's type; None if it was saved without, as types before 2.4 are
         self.machine: str | None = None
+        self._is_mapped = False
+        self._mapped: list[Mapped] = []
         if stream.peek() == _CONFIGURATION:
             stream.take(1)
             self._configuration()
@@ -119,10 +105,24 @@ class SavedRam:
         self._numbers = {block.name.encode(): n for n, block in enumerate(self.blocks)}
         self._block: int | None = None  # of the page before
         self._footers: bool | None = None
+        #: where the device states begin, if that is known before all pages have been read
+        self.end: int | None = None
+        if self._is_mapped:
+            for _ in self._sections():
+                raise stream.damaged("a page in a section, where each should have its place")
+            self.end = stream.offset
 
     def runs(self) -> Iterator[Run]:
         """All pages, in the order in which they were sent; once.  Raises ImageError, also when the
         stream ends before the RAM does."""
+        if self._is_mapped:
+            return mapped_runs(self._stream, self.blocks, self._mapped)
+        return self._sections()
+
+    # --- Sections ---
+
+    def _sections(self) -> Iterator[Run]:
+        """The pages in the sections, from within the first to the end of the last."""
         kind = _START
         while True:
             yield from self._pages()
@@ -130,8 +130,6 @@ class SavedRam:
             if kind == _END:
                 return
             kind = self._next()
-
-    # --- Sections ---
 
     def _configuration(self) -> None:
         """QEMU: vmstate_configuration."""
@@ -158,8 +156,12 @@ class SavedRam:
             raise stream.damaged(f"{count} capabilities")
         for _ in range(count):
             name = stream.text()
-            if name in _CAPABILITIES:
-                raise ImageError(f"{stream.name} {_CAPABILITIES[name]}: that is not read")
+            if name == _IGNORE_SHARED:
+                raise ImageError(
+                    f"{stream.name} was saved without the memory that is shared with other "
+                    f"programs ({name})"
+                )
+            self._is_mapped = self._is_mapped or name == _MAPPED_RAM
 
     def _start(self) -> int:
         """The RAM's first section, without its content; returns its number."""
@@ -224,7 +226,7 @@ class SavedRam:
         total = word & ~_FLAGS
         if word & _FLAGS != _MEM_SIZE:
             raise stream.damaged("the RAM does not begin with its blocks")
-        if total // PAGE * _LEAST > stream.size:
+        if not self._is_mapped and total // PAGE * _LEAST > stream.size:
             raise ImageError(
                 f"{stream.name} has {stream.size} bytes, which cannot be the {total // PAGE} "
                 f"pages that it announces"
@@ -237,6 +239,8 @@ class SavedRam:
             if not 0 < size <= left or size % PAGE:
                 raise stream.damaged(f"RAM block {shown(name)} of {size} bytes, with {left} to go")
             blocks[name] = size
+            if self._is_mapped:
+                self._mapped.append(read_header(stream, Block(name, size)))
         return tuple(Block(name, size) for name, size in blocks.items())
 
     def _pages(self) -> Iterator[Run]:

@@ -5,32 +5,63 @@ Whoever wants them one page at a time looks into the window itself, and says whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from typing import Final
 
 from ..errors import ImageError
 from ..storage.local import Buffer
 
+#: (start, end): all bytes in between, in pieces that are good until the next is asked for.
+Pieces = Callable[[int, int], Generator[Buffer, None, None]]
+
 _LONGEST_NAME: Final = 255  # its length is one byte
+_FAR: Final = 64 << 20  # bytes that are not read only to get behind them
 
 
 class Stream:
-    """A saved state that is read on."""
+    """A saved state that is read on.  Close it."""
 
-    def __init__(self, name: str, size: int, pieces: Iterator[Buffer]) -> None:
-        """``name`` is for error lines, ``size`` in bytes; each piece is good until the next."""
+    def __init__(self, name: str, size: int, reach: int, pieces: Pieces) -> None:
+        """``name`` is for error lines, ``size`` what is recorded of the state in bytes, and
+        ``reach`` where it has to end at the latest: see :meth:`seek`."""
         self.name = name
         self.size = size
         #: what was read; what is before :attr:`at` has been used
         self.window = b""
         self.at = 0
         self._before = 0  # the window's own place
-        self._pieces = pieces
+        self._reach = reach
+        self._read = pieces
+        self._pieces = pieces(0, size)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._pieces.close()
 
     @property
     def offset(self) -> int:
         """How far one has come, in bytes."""
         return self._before + self.at
+
+    def seek(self, offset: int) -> None:
+        """Go on from there.  Raises ImageError when that is outside the state.
+
+        A state that wants this leaves room for pages that are zero, and its size, which counts what
+        was written, says nothing of where it ends.
+        """
+        if not 0 <= offset <= self._reach:
+            raise self.damaged(f"something at {offset:#x}, behind its end")
+        self.size = self._reach
+        self._pieces.close()
+        self._pieces = self._read(offset, self._reach)
+        self._before, self.window, self.at = offset, b"", 0
+
+    def skip(self, count: int) -> None:
+        """Leave out so many bytes.  Raises ImageError when there are fewer."""
+        if count > _FAR:
+            self.seek(self.offset + count)
+        else:
+            self.take(count)
 
     def ensure(self, count: int) -> None:
         """Have so many unused bytes in the window, or all that there still are."""

@@ -11,17 +11,21 @@ written of it.  None may be missing.  The file gets its name when all is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
+from ..format import ondisk as q
+from ..format.snapshots import Snapshot
 from ..image.disk import Disk
+from ..image.extents import Extent
 from ..image.image import Image
-from ..memory.cmos import read_cmos
+from ..memory.blocks import PAGE, Block, Run
+from ..memory.cmos import find_end, read_cmos
 from ..memory.elf import elf_header
 from ..memory.places import Layout, Placed, Wish, layout
-from ..memory.savedram import PAGE, Block, Run, SavedRam
+from ..memory.savedram import SavedRam
 from ..memory.stream import Stream
 from ..storage.libnbd import is_uri
 from ..util.interrupts import raise_if_interrupted
@@ -29,7 +33,7 @@ from ..util.progress import progress
 from ..util.units import binary
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
-from .mover import THREADS, THREADS_REMOTE, count, ordered, whole
+from .mover import THREADS, THREADS_REMOTE, count, ordered
 from .outputs import output, permissions
 from .room import check_space
 from .targets import RawTarget
@@ -71,9 +75,9 @@ class _Shape(NamedTuple):
 
 
 def save_memory(
-    image: Image, state: Disk, place: Place, form: str, wish: Wish, warn: Warn
+    image: Image, snapshot: Snapshot, place: Place, form: str, wish: Wish, warn: Warn
 ) -> Memory:
-    """Write the RAM in the VM state ``state`` of the image to the file ``place``.
+    """Write the RAM in the VM state of a snapshot to the file ``place``.
 
     ``form`` is one of FORMS.  Raises UsageError before anything is written when that cannot be
     done; ImageError for what is damaged, missing, or not understood; what :meth:`.Disk.pread_into`
@@ -82,21 +86,47 @@ def save_memory(
     place.ensure_apart(image.files)
     threads = THREADS_REMOTE if is_uri(image.path) else THREADS
     name = place.name
-    with closing(ordered(state, lambda: whole(state), threads)) as pieces:
-        stream = Stream(state.name, state.size, pieces)
+    state = _all_that_may_be(image, snapshot)
+
+    def pieces(start: int, end: int) -> Generator[memoryview, None, None]:
+        return ordered(state, lambda: _extents(state, start, end), threads)
+
+    with closing(Stream(state.name, snapshot.vm_state_size, state.size, pieces)) as stream:
         saved = SavedRam(stream)
         memory = layout(saved.machine, saved.blocks, wish)
         shape = _shape(form, memory.placed)
         if wish.below_4g is None:
-            _ask_machine(state, memory, warn)
+            size: int | None = snapshot.vm_state_size
+            if saved.end is not None:
+                size = find_end(state.pread, saved.end, state.size)
+            _ask_machine(state, size, memory, warn)
         warn_of_encryption(image, warn)
         with output(name, most=permissions(image.files), replace=place.replace) as part:
-            needed = count(lambda: whole(state)).data
+            needed = count(lambda: _extents(state, 0, stream.size)).data
             check_space(os.path.dirname(part), needed, f"writing {shown(name)}")
             with _opened(part) as fd:
                 os.ftruncate(fd, shape.size)
                 written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd))
     return Memory(saved.machine, saved.blocks, memory.placed, written)
+
+
+def _all_that_may_be(image: Image, snapshot: Snapshot) -> Disk:
+    """The VM state, and what the snapshot's tables have behind it: its recorded size counts the
+    bytes that were written, and not where (:meth:`.Stream.seek`)."""
+    state = image.disk(snapshot, vm_state=True)
+    reach = state.tables.l1_size * state.tables.bytes_per_l1_entry - state.base
+    if not snapshot.vm_state_size < reach <= q.MAX_DISK_SIZE:
+        return state
+    more = snapshot._replace(vm_state_size=reach)
+    return image.disk(more, vm_state=True, guard=image.guard([snapshot]))
+
+
+def _extents(disk: Disk, at: int, end: int) -> Iterator[Extent]:
+    """A range; :meth:`.Disk.extents` stops after a bounded amount of work."""
+    while at < end:
+        for extent in disk.extents(at, end - at):
+            yield extent
+            at = extent.offset + extent.length
 
 
 def _shape(form: str, placed: Sequence[Placed]) -> _Shape:
@@ -106,10 +136,11 @@ def _shape(form: str, placed: Sequence[Placed]) -> _Shape:
     return _Shape(header, offsets, offsets[-1] + placed[-1].length)
 
 
-def _ask_machine(state: Disk, memory: Layout, warn: Warn) -> None:
-    """Raises UsageError when the machine itself says that its memory lies elsewhere."""
+def _ask_machine(state: Disk, size: int | None, memory: Layout, warn: Warn) -> None:
+    """Raises UsageError when the machine itself says that its memory lies elsewhere.  ``size`` is
+    that of its state, if that is known."""
     below, above = memory.below_4g, memory.above_4g
-    said = read_cmos(state.pread, state.size)
+    said = None if size is None else read_cmos(state.pread, size)
     if said is None:
         warn(
             f"the state does not say how much of the memory lay below 4 GiB: {binary(below)} is "

@@ -11,8 +11,8 @@ from support.qemu import MiB
 from support.vm import machine
 
 from qcow2snap_core.errors import ImageError, UsageError
+from qcow2snap_core.memory.blocks import Block
 from qcow2snap_core.memory.places import Wish, layout
-from qcow2snap_core.memory.savedram import Block
 
 GiB = 1 << 30
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 
 import pytest
@@ -28,19 +28,17 @@ ALL = [
 def ram(state: bytes, step: int = 1 << 20) -> tuple[SavedRam, dict[str, bytearray]]:
     """What is read from a state that comes in pieces of so many bytes."""
 
-    def pieces() -> Iterator[bytes]:
-        for at in range(0, len(state), step):
-            yield state[at : at + step]
+    def pieces(start: int, end: int) -> Generator[bytes, None, None]:
+        for at in range(start, end, step):
+            yield state[at : min(end, at + step)]
 
-    saved = SavedRam(Stream("the state", len(state), pieces()))
+    saved = SavedRam(Stream("the state", len(state), len(state), pieces))
     found = {block.name: bytearray(b"?" * block.size) for block in saved.blocks}
     for run in saved.runs():
         block = found[saved.blocks[run.block].name]
         assert run.data is None or len(run.data) == run.length
         block[run.offset : run.offset + run.length] = run.data or bytes(run.length)
-    assert [len(found[name]) for name, _ in BLOCKS if name in found] == [
-        size for name, size in BLOCKS if name in found
-    ]
+    assert all(len(found[block.name]) == block.size for block in saved.blocks)
     return saved, found
 
 
@@ -104,6 +102,38 @@ def test_without_footers_and_with_commands() -> None:
         assert ram(state)[1]["pc.ram"].startswith(PAGES[0])
 
 
+MAPPED = made.mapped(
+    [("pc.ram", {0: PAGES[0], 1: PAGES[1], 300: PAGES[2]}, 301 * PAGE), ("b", {}, PAGE)]
+)
+
+
+@pytest.mark.parametrize("step", [4096, 1 << 20])
+def test_mapped_ram(step: int) -> None:
+    _, found = ram(MAPPED, step)
+    assert found["pc.ram"] == PAGES[0] + PAGES[1] + bytes(298 * PAGE) + PAGES[2]
+    assert found["b"] == bytes(PAGE)
+
+
+def test_a_large_gap_in_mapped_ram_is_not_read() -> None:
+    large = made.mapped([("pc.ram", {0: PAGES[0]}, 80 << 20)])
+    read = []
+
+    def pieces(start: int, end: int) -> Generator[bytes, None, None]:
+        for at in range(start, end, 1 << 20):
+            read.append(at)
+            yield large[at : at + (1 << 20)]
+
+    runs = list(SavedRam(Stream("the state", 4096, len(large), pieces)).runs())
+    assert runs[0] == (0, 0, PAGE, PAGES[0])
+    assert sum(run.length for run in runs) == 80 << 20
+    assert len(read) < 20
+
+
+def mapped_but(old: bytes, new: bytes) -> bytes:
+    assert old in MAPPED
+    return MAPPED.replace(old, new, 1)
+
+
 WHOLE = made.state(BLOCKS, ALL)
 HEAD = made.head()
 LIST = made.block_list(BLOCKS)
@@ -122,7 +152,38 @@ def with_capability(name: str) -> bytes:
     return made.state(BLOCKS, ALL, "pc", made.subsection("configuration/capabilities", listed))
 
 
+AT = MAPPED.index(be(8, PAGE)) - 4 + 28  # the first bitmap
+HEADER = made.mapped_header(AT, made.ALIGNED)
+
 REFUSED: dict[str, tuple[bytes, str]] = {
+    "mapped, version 2": (
+        mapped_but(HEADER, made.mapped_header(AT, made.ALIGNED, 2)),
+        "mapped-ram of version 2 with pages of 4096 bytes",
+    ),
+    "mapped, large pages": (
+        mapped_but(HEADER, made.mapped_header(AT, made.ALIGNED, 1, 8192)),
+        "mapped-ram of version 1 with pages of 8192 bytes",
+    ),
+    "mapped, bitmap before": (
+        mapped_but(HEADER, made.mapped_header(0, made.ALIGNED)),
+        "pages at 0x100000, which lie over something else",
+    ),
+    "mapped, pages over the bitmap": (
+        mapped_but(HEADER, made.mapped_header(AT, AT + 8)),
+        "which lie over something else",
+    ),
+    "mapped, pages far away": (
+        mapped_but(HEADER, made.mapped_header(AT, 1 << 63)),
+        "behind its end",
+    ),
+    "mapped, a huge block": (
+        mapped_but(be(8, 301 * PAGE) + HEADER, be(8, 1 << 61) + HEADER),
+        "RAM block 'pc.ram' of 2305843009213693952 bytes",
+    ),
+    "mapped, a page in a section": (
+        made.mapped([("b", {}, PAGE)], made.page(0, PAGES[0], block="b")),
+        "a page in a section, where each should have its place",
+    ),
     "nothing": (b"", "ends early, at offset 0x0"),
     "no magic": (b"x" * 99, "no migration stream"),
     "version 2": (WHOLE.replace(be(4, 3), be(4, 2), 1), "no migration stream of version 3"),

@@ -17,14 +17,15 @@ START, PART, END, FULL, COMMAND = 1, 2, 3, 4, 8
 RAM_ID = 2
 
 
-def put_state(image: Path, name: str, state: bytes) -> None:
-    """Take a snapshot with that state, in the way in which savevm does."""
+def put_state(image: Path, name: str, state: bytes, size: int | None = None) -> None:
+    """Take a snapshot with that state, in the way in which savevm does; ``size`` is what is
+    recorded of it, if that is less."""
     padded = image.with_name("state")
     padded.write_bytes(state.ljust(-(-len(state) // 512) * 512, b"\0"))
     qemu.io(image, f"write -b -s {padded} 0 {padded.stat().st_size}")
     padded.unlink()
     qemu.take(image, name)
-    vm_state(str(image), name, str(len(state)))
+    vm_state(str(image), name, str(size or len(state)))
 
 
 def be(size: int, number: int) -> bytes:
@@ -83,4 +84,32 @@ def state(
     said = head(machine, more) + section(START, block_list(blocks) + EOS_WORD)
     for n, part in enumerate(parts, 1):
         said += section(END if n == len(parts) else PART, part + EOS_WORD)
+    return said + section(FULL, b"whatever", "timer", 0) + b"\0"
+
+
+ALIGNED = 1 << 20
+MAPPED_RAM = subsection("configuration/capabilities", be(4, 1) + counted("mapped-ram"))
+
+
+def mapped_header(bitmap: int, pages: int, version: int = 1, page_size: int = PAGE) -> bytes:
+    return be(4, version) + be(8, page_size) + be(8, bitmap) + be(8, pages)
+
+
+def mapped(blocks: Sequence[tuple[str, dict[int, bytes], int]], section_: bytes = b"") -> bytes:
+    """A state in the form mapped-ram, of blocks with some pages by their number, and their sizes;
+    where a page is zero there is something else, as it need not have been written."""
+    total = sum(size for _, _, size in blocks)
+    said = head("pc-q35-11.0", MAPPED_RAM) + be(1, START) + be(4, RAM_ID) + counted("ram")
+    said += be(4, 0) + be(4, 4) + be(8, total | MEM_SIZE)
+    for name, pages, size in blocks:
+        said += counted(name) + be(8, size)
+        bits = sum(1 << n for n in pages)
+        bitmap = bits.to_bytes(-(-size // PAGE // 64) * 8, "little")
+        at = len(said) + 28
+        first = -(-(at + len(bitmap)) // ALIGNED) * ALIGNED
+        said += mapped_header(at, first) + bitmap
+        said = said.ljust(first, b"\0")
+        said += b"".join(pages.get(n, b"old!" * (PAGE // 4)) for n in range(size // PAGE))
+    said += EOS_WORD + b"\x7e" + be(4, RAM_ID)
+    said += section(PART, section_ + EOS_WORD) + section(END, EOS_WORD)
     return said + section(FULL, b"whatever", "timer", 0) + b"\0"

@@ -26,7 +26,7 @@ from .common import (
     print_json,
     saved_named,
 )
-from .streams import warn
+from .streams import OUTPUT_NAMES, warn
 
 HELP = "write the memory of a saved machine to a file"
 EXAMPLE = "qcow2snap memory disk.qcow2 live memory.raw"
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     form = args.format or form_of_memory(args.out)
     below = None if args.below_4g is None else parse_size(args.below_4g)
     wish = Wish(below, args.ram, dict(map(_placed, args.place)))
+    if args.out in OUTPUT_NAMES:
+        raise UsageError("pages come in any order, which standard output cannot take: give a file")
     ensure_not_source(args.out, args.file)
     place = judge(args.out, MEMORY_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():

@@ -26,6 +26,7 @@ _MOST_RAM: Final = 1 << 43  # of which a note is kept for each page
 # Where a processor is AMD's, QEMU (7.1 on) puts what is above 4 GiB to 1 TiB instead when it would
 # not fit below this (AMD_HT_START); which processor it was is not known here.
 _MOVED_FROM: Final = 0xFD_0000_0000
+_MOST_NAMED: Final = 10
 
 #: QEMU's own name of a PC's memory, and libvirt's names of that of NUMA nodes.
 _MAIN: Final = "pc.ram"
@@ -165,4 +166,6 @@ def _checked(found: list[Placed], blocks: Sequence[Block]) -> list[Placed]:
 
 
 def _names(blocks: Sequence[Block]) -> str:
-    return ", ".join(f"{block.name} ({binary(block.size)})" for block in blocks)
+    """The first ones, which are the largest."""
+    listed = [f"{block.name} ({binary(block.size)})" for block in blocks[:_MOST_NAMED]]
+    return ", ".join([*listed, "…"] if len(blocks) > _MOST_NAMED else listed)

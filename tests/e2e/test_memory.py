@@ -147,6 +147,34 @@ def test_compressed_pages(tmp_path: Path) -> None:
     assert any(found[: HIDDEN[0]])
 
 
+def test_nodes_and_a_dimm(tmp_path: Path) -> None:
+    image, out = qemu.create(tmp_path / "disk.qcow2", 3 * MiB), tmp_path / "out"
+    arguments: list[str] = []
+    for name in ("ram-node1", "ram-node0", "plugged"):
+        backend = f"memory-backend-file,id={name},mem-path={tmp_path / name},size=16M,share=on"
+        arguments += ["-object", backend]
+    for n in range(2):
+        arguments += ["-numa", f"node,memdev=ram-node{n}"]
+    arguments += ["-device", "pc-dimm,memdev=plugged", "-m", "32M,slots=1,maxmem=1G"]
+    with machine(image, *arguments, kind="q35", memory=32 * MiB) as vm:
+        [dimm] = vm.qmp("query-memory-devices")
+        at = dimm["data"]["addr"]
+        vm.run_a_little()
+        for name in ("ram-node1", "ram-node0", "plugged"):
+            with open(tmp_path / name, "r+b") as f:
+                f.write(RNG.randbytes(3 * PAGE))
+        vm.save("live")
+        ram = [(tmp_path / name).read_bytes() for name in ("ram-node0", "ram-node1", "plugged")]
+        assert vm.memory(tmp_path, at, 16 * MiB) == ram[2]
+        assert vm.memory(tmp_path, 16 * MiB, 16 * MiB) == ram[1]
+    assert "add --place plugged=ADDRESS" in command.fails("memory", image, "live", out)
+    assert command.run("memory", image, "live", out, "--place", f"plugged={at:#x}").stderr == ""
+    with open(out, "rb") as f:
+        assert f.read(32 * MiB) == ram[0] + ram[1]
+        f.seek(at)
+        assert f.read() == ram[2]
+
+
 def test_pages_with_places_of_their_own(tmp_path: Path) -> None:
     """In savevm that is new in QEMU 11."""
     with saved(tmp_path, "pc") as it:
@@ -319,6 +347,7 @@ def test_targets_and_snapshots(image: Path) -> None:
     put_state(image, "live", made.state(RAM, [WHOLE]))
     qemu.take(image, "disk only")
     out = image.with_name("out")
+    assert "standard output cannot take" in command.fails("memory", image, "live", "-")
     assert "has no VM state" in command.fails("memory", image, "disk only", out)
     out.write_bytes(b"mine")
     assert "add --force to replace it" in command.fails("memory", image, "live", out)

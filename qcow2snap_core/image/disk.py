@@ -136,6 +136,15 @@ class Disk:
             if kind != UNALLOCATED:
                 yield Extent(guest - self.base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
+    def compressed(self, offset: int) -> bytes | None:
+        """The stream of the cluster at the offset, with what is behind it in its last sector; None
+        where it is not compressed in this layer.  To be confirmed, as tables are."""
+        _, kind, location = self._mapping.run(self.base + offset, self.cluster_size)
+        if kind != COMPRESSED:
+            return None
+        where, length = self._clusters.stream(location)
+        return self.tables.storage.read(length, where)
+
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:

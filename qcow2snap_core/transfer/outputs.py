@@ -85,6 +85,24 @@ def output(
     _sync(directory)
 
 
+@contextmanager
+def alone_in(directory: str) -> Iterator[None]:
+    """Nobody else does the same in that directory until the block ends; what killed ones have left
+    there is removed.  Raises UsageError when somebody does."""
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        try:
+            _lock(fd, fcntl.F_WRLCK, unless_impossible=True)
+        except BlockingIOError:
+            raise UsageError(
+                f"{shown(directory)} is being written by another command: wait for its end"
+            ) from None
+        clear(directory)
+        yield
+    finally:
+        os.close(fd)
+
+
 def permissions(files: Iterable[Storage]) -> int:
     """Those that all of the files have."""
     most = 0o777

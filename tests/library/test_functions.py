@@ -122,18 +122,19 @@ def test_a_chain_and_back(path: Path, image: Image, tmp_path: Path) -> None:
         assert qemu.content(Path(file)) == expected
     joined = tmp_path / "joined.qcow2"
     with qcow2snap_core.open(files[-1]) as top:
-        assert qcow2snap_core.join(top, joined) == ["one", "two", "active"]
-    assert [s["name"] for s in qemu.info(joined)["snapshots"]] == ["one", "two", "active"]
+        assert qcow2snap_core.join(top, joined) == ["one", "two"]
+    assert qemu.info(joined)["snapshots"] == qemu.info(path)["snapshots"]
     assert qemu.content(joined) == qemu.content(path)
 
 
 def test_threads_may_write_at_once(image: Image, tmp_path: Path) -> None:
-    """Each starts servers of its own."""
+    """Each starts servers of its own for a qcow2 file."""
 
     def write(number: int) -> bool:
+        qcow2snap_core.copy(image.open("two"), tmp_path / f"copy{number}.qcow2")
         chain = qcow2snap_core.split(image, tmp_path / f"chain{number}")
         with qcow2snap_core.open(chain[-1]) as top:
-            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain)
+            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain) - 1
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(write, range(4)))  # what was written has been compared

@@ -38,10 +38,11 @@ def made_of(image: Path, umask: int) -> dict[str, Path]:
         # It warns of the snapshots inside.
         assert command.run("join", image, directory / "joined.qcow2").returncode == 0
         command.qcow2snap("compact", image, directory / "compact.qcow2")
+        command.qcow2snap("backup", image, directory / "repository")
     finally:
         os.umask(before)
     overlays = ("chain/s.qcow2", "chain/active.qcow2")
-    overlays += ("chain/qcow2snap.json",)
+    overlays += ("chain/qcow2snap.json", "repository/1.qcow2", "repository/qcow2snap.json")
     names = ("out.raw", "out.qcow2", *overlays, "joined.qcow2", "compact.qcow2")
     return {name: directory / name for name in names}
 
@@ -111,6 +112,7 @@ def test_nobody_else_may_read_it_before_it_is_whole(
     for line in (
         ["copy", image, "s", tmp_path / "out.qcow2"],
         ["compact", image, tmp_path / "small.qcow2"],
+        ["backup", image, tmp_path / "repository"],
         ["split", image, tmp_path / "chain"],
         ["join", image, tmp_path / "joined.qcow2"],
     ):

@@ -153,6 +153,24 @@ def compacts(world: World, rng: random.Random) -> None:
     remove(copy)
 
 
+def backs_up(world: World, rng: random.Random) -> None:
+    """QEMU reads each snapshot in the repository; restored, they are what they were."""
+    snapshots = [state for state in world.states if state.snapshot is not None]
+    repository, out = world.directory / "repository", world.directory / "restored"
+    how = rng.choice([[], ["--compress", "zlib"], ["--compress", "zstd"]])
+    world.command("backup", world.path, repository, *how, *world.keys)
+    world.command("verify", repository)
+    for number, state in enumerate(snapshots, 1):
+        file = repository / f"{number}.qcow2"
+        same(f"backup {how}: {state.name}", qemu.content(file), state.content)
+        qemu.run("qemu-img", "check", "-q", file)
+    if snapshots:
+        world.command("restore", repository, out)
+        _compare_image(world, out, f"backup {how}, restore")
+        remove(out)
+    remove(repository)
+
+
 def _compare_image(world: World, out: Path, what: str) -> None:
     """An image without a backing file that has the world's snapshots again."""
     said = qemu.run("qemu-img", "check", out)

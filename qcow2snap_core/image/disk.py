@@ -145,6 +145,14 @@ class Disk:
         where, length = self._clusters.stream(location)
         return self.tables.storage.read(length, where)
 
+    def spared(self, offset: int, length: int) -> int:
+        """How many bytes of a range are not stored in this layer since it is compressed."""
+        return sum(
+            max(0, n - self._clusters.stream(location)[1])
+            for _, n, kind, location in self._mapping.runs(self.base + offset, length)
+            if kind == COMPRESSED
+        )
+
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:

@@ -7,6 +7,7 @@ first one whole, and each further one where it, or what was written, differs fro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from ..tables.diff import changes
 from ..util.progress import Advance
 from .mover import Plan
 from .newimage import Shape, new_image
+from .overlays import spared
+from .room import check_room
 from .states import StateWriter, Streams, Tables
 from .verify import State, check_described, check_sound, compare_state
 
@@ -92,6 +95,16 @@ def compare_assembled(
             active = image.active_disk()
             differs = [partial(changes, found[-1], active)]
             compare_state(members[-1].state, active, differs, shown(name), lambda _: None)
+
+
+def check_members(members: Sequence[Member], shape: Shape, part: str, name: str) -> int:
+    """The bytes of data that are to be written.  Raises UsageError when there is no room for them
+    where ``part`` is."""
+    plans = [(m.state.size, m.plan) for m in members]
+    plans += [(m.vm_state.size, m.vm_state.plan) for m in members if m.vm_state]
+    disks = [(m.state.source, m.plan) for m in members if isinstance(m.state.source, Disk)]
+    saved = sum(spared(disk, plan, shape) for disk, plan in disks)
+    return check_room(plans, shape.cluster_size, os.path.dirname(part), shown(name), saved)
 
 
 def amount(members: Iterable[Member]) -> int:

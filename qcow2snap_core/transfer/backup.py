@@ -2,7 +2,8 @@
 
 Each is written over the nearest one that both the image and the repository have, as what the
 tables say that differs; over none, it is written whole.  The image's snapshots are known by the
-digest of a copy's record (:mod:`.records`), and not by their names.
+digest of a copy's record (:mod:`.records`), and not by their names; the size and time of what the
+image lies on are part of it, since whoever writes to that changes every snapshot.
 
 Nothing of the active disk is read, so a QEMU may go on writing to the image, taking snapshots and
 deleting some.  One that is deleted while it is read is left out, as its guard says so; one that
@@ -11,6 +12,8 @@ another was to be written over has that one written anew over the next.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -20,19 +23,21 @@ from ..format.snapshots import Identity, Snapshot
 from ..image.disk import Disk
 from ..image.image import Image
 from ..image.opener import Options
+from ..storage.libnbd import is_uri
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import progress
 from .compressors import COMPRESSIONS
 from .job import Warn, warn_of_encryption
 from .judge import Place
 from .manifest import Entry, Manifest, Stored
-from .mover import Plan, whole
+from .mover import Plan, count, whole
 from .outputs import permissions
 from .overlays import (
     Step,
     compare_disk,
     compare_vm_state,
     shape_of,
+    spared,
     stored,
     write_disk,
     write_vm_state,
@@ -135,7 +140,11 @@ class _Backup:
         if s.identity not in self._digests:
             record = held(self._image.disk(s))
             assert record is not None
-            self._digests[s.identity] = record.digest
+            digest = hashlib.sha256(record.digest.encode())
+            for file in self._image.files[1:]:  # who writes to one changes every snapshot
+                status = None if is_uri(file.path) else os.stat(file.absolute)
+                digest.update(repr(status and (status.st_size, status.st_mtime_ns)).encode())
+            self._digests[s.identity] = digest.hexdigest()
         return self._digests[s.identity]
 
     def _adopt(self, s: Snapshot) -> bool:
@@ -183,9 +192,16 @@ class _Backup:
         plans: list[tuple[int, Plan]] = [(disk.size, step.plan)]
         if vm_state is not None:
             plans.append((vm_state.size, partial(whole, vm_state)))
-        total = check_room(plans, disk.cluster_size, repository.directory, disk.name)
+        if self._compress is None:
+            saved = spared(disk, step.plan, shape)
+            size = disk.cluster_size
+            total = check_room(plans, size, repository.directory, disk.name, saved)
+        else:
+            total = count(step.plan).data  # nobody knows what it will take
         kept: Stored | None = None
-        if vm_state is not None:
+        if vm_state is None:
+            repository.remove(vm_file)
+        else:
             with repository.replaced(vm_file, self._most) as part:
                 write_vm_state(part, repository.path(vm_file), vm_state, self._verify)
                 kept = stored(part, vm_file)

@@ -29,6 +29,6 @@ def relative(name: str) -> str:
 
 
 def check_local(image: Image) -> None:
-    """What qemu-img has a part in takes files."""
+    """Of a remote image nobody can tell whether its active disk is being written."""
     if is_uri(image.path):
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")

@@ -24,7 +24,7 @@ from ..storage.local import Storage
 from ..storage.locks import ensure_not_written
 from ..util.progress import progress
 from . import manifest
-from .assembly import Member, amount, assemble, compare_assembled, free_id
+from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
 from .chains import check_local
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
@@ -32,7 +32,6 @@ from .manifest import Entry, Stored, open_in
 from .mover import RawSource, whole
 from .outputs import output, permissions
 from .overlays import data_of, shape_of, size_and_digest, streams_of
-from .room import check_room
 from .verify import State, reading
 
 JOIN_TARGETS: Final = Kind.FILE
@@ -62,10 +61,7 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
         members = _members(top, warn, opened)
         with output(out, most=permissions(top.files), replace=place.replace) as part:
             shape = shape_of(top)
-            plans = [(m.state.size, m.plan) for m in members]
-            plans += [(m.vm_state.size, m.vm_state.plan) for m in members if m.vm_state]
-            parent = os.path.dirname(part)
-            total = check_room(plans, shape.cluster_size, parent, shown(out))
+            total = check_members(members, shape, part, out)
             with progress("joining", total) as bar:
                 assemble(part, out, shape, members, bar)
             ensure_not_written(top.files)

@@ -19,8 +19,7 @@ A snapshot has the fields of ``qcow2snap list --json`` that its table's entry ha
 * ``disk``: its overlay, an object of ``file``, and of that ``size`` and ``sha256``.
 * ``parent``: the file of the snapshot that it lies on, or null.
 * ``vm-state``: null, or a raw file as ``disk`` describes one.
-* ``digest``: which snapshot of the image it was, as a copy's record has it (:mod:`.records`), or
-  null.
+* ``digest``: by what backup knows the snapshot in the image again, or null.
 
 Whoever may write the directory may write this: so names are those of files in it and nothing else,
 and everything is checked for type and bounds.

@@ -82,7 +82,7 @@ def output(
         raise
     finally:
         os.close(held)
-    _sync(directory)
+    sync(directory)
 
 
 @contextmanager
@@ -183,11 +183,12 @@ def _settle(path: str) -> None:
     """Bring it to the disk, so that after a crash the name does not lead to less."""
     if os.path.isdir(path):
         for entry in os.scandir(path):
-            _sync(entry.path)
-    _sync(path)
+            sync(entry.path)
+    sync(path)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Bring a file or directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -17,7 +17,7 @@ from ..errors import shown
 from ..format import ondisk as q
 from ..format.header import read_header
 from ..image.disk import Disk
-from ..image.extents import ALLOCATED, Extent
+from ..image.extents import ALLOCATED, Extent, merged
 from ..image.image import Image
 from ..image.layers import RawLayer
 from ..image.opener import Options, open_image
@@ -60,6 +60,14 @@ def streams_of(disk: Disk, shape: Shape) -> Streams | None:
     header = read_header(disk.tables.storage)
     same = disk.cluster_size == shape.cluster_size and header.compression == shape.compression
     return disk.compressed if same and header.crypt_method == q.CRYPT_NONE else None
+
+
+def spared(disk: Disk, plan: Plan, shape: Shape) -> int:
+    """How much less than the bytes of a plan is written, since they come as streams."""
+    if streams_of(disk, shape) is None:
+        return 0
+    data = (e for e in merged(plan()) if e.type == ALLOCATED)
+    return sum(disk.spared(e.offset, e.length) for e in data)
 
 
 def write_disk(

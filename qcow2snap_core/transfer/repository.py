@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from ..errors import ImageError, UsageError, escaped, reason, shown
@@ -33,7 +33,7 @@ from ..util.wording import Wording
 from . import manifest
 from .judge import ENDING, VM_STATE, Kind, Place
 from .manifest import Entry, Manifest, Stored, open_in
-from .outputs import alone_in, output
+from .outputs import alone_in, output, sync
 from .overlays import size_and_digest
 
 REPOSITORY: Final = Kind.DIRECTORY
@@ -176,6 +176,11 @@ class Repository:
             file.write(manifest.text(found))
         self.manifest = found
 
+    def remove(self, file: str) -> None:
+        """Remove what a backup that was killed has left under a name that is free."""
+        with suppress(FileNotFoundError):
+            os.unlink(self.path(file))
+
     @contextmanager
     def replaced(self, file: str, most: int) -> Iterator[str]:
         """An output of that name in the repository (:func:`.output`)."""
@@ -221,6 +226,7 @@ def written_repository(place: Place, most: int) -> Iterator[Repository]:
             pass
         except OSError as e:
             raise UsageError(f"cannot make {shown(place.name)}: {reason(e)}") from e
+        sync(os.path.dirname(directory))
     with alone_in(directory):
         there = os.listdir(directory)
         if manifest.NAME not in there and there:

@@ -9,7 +9,6 @@ the newest keeps it, and the others get numbers that are free.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +23,7 @@ from ..image.layers import RawLayer
 from ..image.opener import Options
 from ..util.progress import progress
 from ..util.wording import Wording
-from .assembly import Member, amount, assemble, compare_assembled, free_id
+from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
 from .copy import Copied, copy
 from .destinations import Destination
 from .job import Warn
@@ -35,7 +34,6 @@ from .newimage import Shape
 from .outputs import output, permissions
 from .overlays import data_of, streams_of
 from .repository import Repository, open_repository, stored_size
-from .room import check_room
 from .verify import State
 
 RESTORE_TARGETS: Final = Kind.FILE
@@ -101,9 +99,7 @@ def restore(
         shape = _shape(disks[repository.entries[-1].disk.file])
         most = permissions(files)
         with output(out, most=most, replace=place.replace) as part:
-            plans = [(m.state.size, m.plan) for m in members]
-            plans += [(m.vm_state.size, m.vm_state.plan) for m in members if m.vm_state]
-            total = check_room(plans, shape.cluster_size, os.path.dirname(part), shown(out))
+            total = check_members(members, shape, part, out)
             with progress("restoring", total) as bar:
                 assemble(part, out, shape, members, bar)
             if verify:

@@ -29,7 +29,7 @@ from .judge import ENDING, VM_STATE, Kind, Place
 from .manifest import Entry, Manifest
 from .mover import whole
 from .outputs import output, permissions, private, publish
-from .overlays import Step, compare_disk, shape_of, stored, write_disk, write_vm_state
+from .overlays import Step, compare_disk, shape_of, spared, stored, write_disk, write_vm_state
 from .room import check_room
 from .verify import reading
 
@@ -64,8 +64,9 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
         plans = [(step.disk.size, step.plan) for step in steps]
         vm_states = [image.disk(s, vm_state=True) if s.vm_state_size else None for s in snapshots]
         plans += [(vm.size, partial(whole, vm)) for vm in vm_states if vm is not None]
+        saved = sum(spared(step.disk, step.plan, shape_of(image)) for step in steps)
         parent = os.path.dirname(temporary)
-        total = check_room(plans, image.header.cluster_size, parent, shown(directory))
+        total = check_room(plans, image.header.cluster_size, parent, shown(directory), saved)
         paths = [os.path.join(temporary, file) for file in files]
         names = [os.path.join(directory, file) for file in files]
         backing = kept_backing(image, directory) if keep else None

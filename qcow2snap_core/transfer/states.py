@@ -122,9 +122,12 @@ class StateWriter:
         cut = _cut(merged(extents), disk.base, span)
         for index, pieces in groupby(cut, lambda piece: piece.offset // span):
             raise_if_interrupted()
-            first = index * span
+            first, changed = index * span, list(pieces)
+            if changed == [Extent(first, span, HOLE_ZERO)] and not self._over_backing:
+                l1[index] = 0
+                continue
             words = self._words(l1[index], disk.end - first)
-            self._write(words, first, self._zero_and_choose(words, first, pieces, disk.end), disk)
+            self._write(words, first, self._zero_and_choose(words, first, changed, disk.end), disk)
             l1[index] = self._new.l2_table(words) if any(words) else 0
 
     def _words(self, table: int, inside: int) -> array[int]:

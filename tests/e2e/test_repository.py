@@ -141,6 +141,42 @@ def test_a_backing_file_s_content_is_in_the_repository(tmp_path: Path) -> None:
         assert read_by_qemu(tmp_path / "repository", f"{number}.qcow2") == content
 
 
+def test_a_backing_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    """Which changes what the tables do not say, in every snapshot."""
+    base = qemu.create(tmp_path / "base.qcow2", MiB)
+    qemu.io(base, "write -P 1 0 1M")
+    path, repository = tmp_path / "disk.qcow2", tmp_path / "repository"
+    qemu.create(path, None, backing=(base.name, "qcow2"))
+    qemu.io(path, "write -P 2 0 64k")
+    qemu.take(path, "one")
+    command.here("backup", path, repository)
+    before = read_by_qemu(repository, "1.qcow2")
+    os.utime(base)  # its content is the same
+    assert command.here("backup", path, repository) == "nothing new\n"
+    qemu.io(base, "write -P 3 512k 64k")
+    qemu.take(path, "two")
+    said = command.here("backup", path, repository).splitlines()
+    assert [line.split(",")[2] for line in said] == [" whole", " since 2.qcow2"]
+    assert read_by_qemu(repository, "1.qcow2") == before
+    for file, name in {"2.qcow2": "one", "3.qcow2": "two"}.items():
+        assert read_by_qemu(repository, file) == qemu.content(path, name)
+
+
+def test_zeros_take_no_more_than_tables(tmp_path: Path) -> None:
+    path, repository = qemu.create(tmp_path / "disk.qcow2", "8G"), tmp_path / "repository"
+    qemu.io(path, "write -P 1 1G 64k")
+    qemu.take(path, "one")
+    qemu.io(path, *(f"write -z {n}G 1G" for n in range(8)))
+    qemu.take(path, "two")
+    command.here("backup", path, repository)
+    assert (repository / "2.qcow2").stat().st_size < 2 * MiB
+    qemu.run("qemu-img", "check", "-q", repository / "2.qcow2")
+    qemu.run("qemu-img", "compare", "-q", repository / "2.qcow2", path)
+    command.here("restore", repository, tmp_path / "out.qcow2")
+    qemu.run("qemu-img", "compare", "-q", tmp_path / "out.qcow2", path)
+    assert (tmp_path / "out.qcow2").stat().st_size < MiB
+
+
 def test_a_disk_that_was_larger_before_and_after(tmp_path: Path) -> None:
     path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
     qemu.io(path, "write -P 7 0 1M")

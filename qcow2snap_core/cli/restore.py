@@ -32,10 +32,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_force(parser, "replace OUT if it is a file that is there")
     add_no_verify(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.snapshot is None:
+        if args.out in OUTPUT_NAMES:
+            args.usage_error("an image is written to a file: add --snapshot for a stream of a disk")
         place = judge(args.out, RESTORE_TARGETS, replace=args.force)
         with deferred():
             snapshots = restore(args.repository, place, warn, COMMAND, args.verify)

@@ -38,5 +38,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{each.entry.disk.file} {escaped(each.entry.snapshot.name)}: {each.problem}")
     if not wrong and not args.json:
         size = binary(stored_size(v.entry for v in verdicts))
-        print(f"{len(verdicts)} snapshots, {size}: all are as they were written")
+        many = "1 snapshot" if len(verdicts) == 1 else f"{len(verdicts)} snapshots"
+        print(f"{many}, {size}: all is as it was written")
     return _DAMAGED if wrong else 0

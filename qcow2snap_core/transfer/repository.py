@@ -29,6 +29,7 @@ from ..image.image import Image
 from ..image.opener import Options, open_image
 from ..storage.local import Storage
 from ..util.progress import Advance, progress
+from ..util.spelling import nearest
 from ..util.wording import Wording
 from . import manifest
 from .judge import ENDING, VM_STATE, Kind, Place
@@ -65,7 +66,11 @@ class Repository:
         ):
             if name in words:
                 return newest[words.index(name)]
-        raise UsageError(f"no snapshot {shown(name)} in {shown(self.directory)}: {self._summary()}")
+        meant = nearest(name, (entry.snapshot.name for entry in newest))
+        did_you_mean = "" if meant is None else f"did you mean {shown(meant)}? "
+        raise UsageError(
+            f"no snapshot {shown(name)} in {shown(self.directory)}: {did_you_mean}{self._summary()}"
+        )
 
     def _summary(self, most: int = 50) -> str:
         if not self.entries:

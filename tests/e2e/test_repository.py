@@ -353,7 +353,7 @@ def test_it_is_listed(tmp_path: Path) -> None:
     ]
     verdicts = json.loads(command.here("verify", "--json", repository))
     assert verdicts == [{**e, "problem": None} for e in added]
-    assert "all are as they were written" in command.here("verify", repository)
+    assert "all is as it was written" in command.here("verify", repository)
 
 
 # --- Interrupted, and at the same time ---
@@ -603,6 +603,10 @@ def test_what_may_be_a_repository(good: Path, tmp_path: Path) -> None:
     assert "no snapshot 'x' in" in command.fails_here(
         "restore", "--snapshot", "x", tmp_path / "empty", tmp_path / "out"
     )
+    assert "did you mean 'one'?" in command.fails_here(
+        "restore", "--snapshot", "oen", good, tmp_path / "out"
+    )
+    assert "add --snapshot" in command.here("restore", good, "-", status=2)
     line = command.fails_here("restore", "--force", good, good / "1.qcow2")
     assert "is being copied" in line
     nothing = qemu.create(tmp_path / "nothing.qcow2", MiB)

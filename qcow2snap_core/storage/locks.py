@@ -29,7 +29,7 @@ def ensure_not_written(files: Iterable[Storage]) -> None:
     """Raises UsageError while another program has one of the files open for writing."""
     for file in files:
         ensure_open(file)
-        if _is_written(file):
+        if is_written(file):
             raise UsageError(
                 f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "
                 f"machine down, or take a snapshot and read that"
@@ -55,8 +55,8 @@ class LockGuard:
         ensure_not_written(self._files)
 
 
-def _is_written(file: Storage) -> bool:
-    """False also where it cannot be told."""
+def is_written(file: Storage) -> bool:
+    """Whether another program has it open for writing; False also where that cannot be told."""
     with suppress(OSError):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:

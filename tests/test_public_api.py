@@ -79,7 +79,8 @@ SURFACE = {
         "()": f"(path: {PATH}, *, allow_dirs: {PATHS} = (), allow_files: {PATHS} = (), "
         "backing_format: str | None = None, "
         "passphrase: str | bytes | Mapping[int, str | bytes] | None = None, "
-        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864) -> Image"
+        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864, "
+        "remote_timeout: float = 30.0) -> Image"
     },
     "split": {
         "()": f"(image: Image, directory: {PATH}, *, replace: bool = False, verify: bool = True, "

@@ -13,7 +13,7 @@ FLOORS = [
     {"__main__"},
     {"cli", "library"},
     {"transfer", "host", "serve", "files"},
-    {"tables"},
+    {"tables", "memory"},
     {"image"},
     {"decode"},
     {"format"},

@@ -12,6 +12,7 @@ from typing import Final
 from ..errors import escaped, shown
 from ..format.choosing import Choice, choose
 from ..image.image import Image
+from ..storage.locks import is_written
 from ..tables.check import check
 from ..tables.findings import MOST, Finding
 from .common import add_image_options, open_from, print_json
@@ -38,7 +39,13 @@ def run(args: argparse.Namespace) -> int:
         chosen = None
         if args.snapshot is not None:
             chosen = choose(image.table(), Choice(args.snapshot), image.path)
+        in_use = is_written(image.storage)
         findings = check(image, chosen, data=args.data)
+        if in_use or is_written(image.storage):
+            say(
+                f"{shown(image.path)} is in use, a QEMU has it open for writing: what it was just "
+                f"changing may look damaged, check it again when it is not"
+            )
         if image.header.dirty:
             say(
                 f"{shown(image.path)} is marked dirty, its refcounts are not up to date and were "

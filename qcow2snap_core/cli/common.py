@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
+from ..format.choosing import Choice, choose
+from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -17,6 +21,7 @@ from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
+from ..util.units import parse_seconds
 from ..util.wording import COMMAND, passphrase_key
 
 #: nbdinfo's words for the types of extents
@@ -51,6 +56,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET|+FILE|-|-FD",
         help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
     )
+    group.add_argument(
+        "--remote-timeout",
+        metavar="SECONDS",
+        help="give up when an NBD server is silent for so long; default: 30",
+    )
 
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +94,7 @@ def open_from(
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
             passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
+    timeout = args.remote_timeout
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -91,10 +102,19 @@ def open_from(
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
         words=COMMAND,
         slice_bytes=slice_bytes,
     )
     return open_image(args.file, options)
+
+
+def ensure_not_source(target: str, file: str) -> None:
+    """Raises UsageError when a target is the image itself: to say that it is there already, and how
+    to replace it, would be bad advice."""
+    with suppress(OSError, ValueError):
+        if os.path.samefile(target, file):
+            raise UsageError(f"{shown(target)} is the image that is read: give another target")
 
 
 def disk_named(image: Image, name: str) -> Disk:
@@ -107,6 +127,15 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(LockGuard(image.files))
         raise
+
+
+def saved_named(image: Image, name: str) -> Snapshot:
+    """The snapshot with that ID or name, of a machine with its state.  Raises UsageError when it
+    has none, and as :meth:`.Image.snapshot`."""
+    snapshot = choose(image.table(), Choice(name), image.path)
+    if not snapshot.vm_state_size:
+        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    return snapshot
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

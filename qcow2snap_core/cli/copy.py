@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UsageError, shown
-from ..format.choosing import Choice, choose
 from ..format.ondisk import SECTOR
 from ..image.disk import Disk
 from ..image.image import Image
@@ -36,7 +35,15 @@ from ..transfer.salvaged import SalvagedFile
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
 from ..util.units import binary
-from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    disk_named,
+    ensure_not_source,
+    open_from,
+    saved_named,
+)
 from .streams import OUTPUT_NAMES, say, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
@@ -85,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
     # Before a passphrase is asked for.
+    ensure_not_source(target, args.file)
     if args.salvage is not None:
         return _salvage(args)
     if args.since is None:
@@ -144,7 +152,5 @@ def _disk(image: Image, name: str) -> tuple[Disk, bool]:
     except UsageError:
         if not name.endswith(VM_STATE):
             raise
-    snapshot = choose(image.table(), Choice(name.removesuffix(VM_STATE)), image.path)
-    if not snapshot.vm_state_size:
-        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    snapshot = saved_named(image, name.removesuffix(VM_STATE))
     return image.disk(snapshot, vm_state=True), True

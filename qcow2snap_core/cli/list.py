@@ -127,7 +127,7 @@ def _print_tree(image: Image) -> Table:
         ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
         rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
         width = columns - ids - tags - len("    ")
-        return text(picture(image, snapshots, max(width, _NARROWEST)), rows)
+        return text(picture(image, snapshots, max(width, _NARROWEST)), rows, columns)
 
     table, lines = image.of_all(draw)
     for line in lines:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qcow2snap_core.cli import whole_parser
 
 KINDS = {
-    **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET"), "files"),
+    **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET", "MAP"), "files"),
     **dict.fromkeys(("DIR", "OUTDIR"), "directories"),
     **dict.fromkeys(("SNAPSHOT", "SNAPSHOT[:PARTITION]", "OLD", "NEW"), "snapshots"),
     "SNAPSHOT,...": "several",

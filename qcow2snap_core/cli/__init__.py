@@ -29,6 +29,7 @@ COMMANDS = (
     "diff",
     "check",
     "take",
+    "prune",
     "copy",
     "compact",
     "split",
@@ -43,7 +44,7 @@ COMMANDS = (
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract", "memory")
+_DOING = ("prune", "copy", "compact", "split", "join", "mount", "serve", "extract", "memory")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)
@@ -68,7 +69,7 @@ def _only_reports(argv: Sequence[str]) -> bool:
         word in OUTPUT_NAMES and not before.startswith("--passphrase")
         for before, word in pairwise(argv)
     )
-    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
+    return argv[0] in _DOING and not written and not {"-h", "--help", "--dry-run"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

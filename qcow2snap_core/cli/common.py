@@ -16,6 +16,7 @@ from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
+from ..image.mapping import SLICE_BYTES
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
@@ -77,8 +78,14 @@ def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help=what)
 
 
-def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
-    """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
+def open_from(
+    args: argparse.Namespace,
+    *,
+    data: bool = True,
+    layers: bool = True,
+    slice_bytes: int = SLICE_BYTES,
+) -> Image:
+    """Open ``args.file`` as the options say; the keywords as in :class:`.Options`.
 
     Raises as :func:`.open_image`.
     """
@@ -97,6 +104,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         allow_files=tuple(args.allow_file),
         remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
         words=COMMAND,
+        slice_bytes=slice_bytes,
     )
     return open_image(args.file, options)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..errors import UsageError
+from ..host.domains import image_of
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -25,6 +26,11 @@ WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how an image is opened; they mean what the plugin's keys mean."""
     group = parser.add_argument_group("how to open the image")
+    group.add_argument(
+        "--disk",
+        metavar="TARGET",
+        help="which disk of libvirt:DOMAIN, in place of a file, is meant: vda, say",
+    )
     group.add_argument(
         "--allow-dir",
         metavar="DIR",
@@ -68,9 +74,10 @@ def add_force(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
-    """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
+    """Open ``args.file``, or what it stands for, as the options say; ``data`` and ``layers`` as in
+    :class:`.Options`.
 
-    Raises as :func:`.open_image`.
+    Raises as :func:`.open_image` and :func:`.image_of`.
     """
     passphrases = {}
     for name, value in vars(args).items():
@@ -86,7 +93,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         allow_files=tuple(args.allow_file),
         words=COMMAND,
     )
-    return open_image(args.file, options)
+    return open_image(image_of(args.file, args.disk), options)
 
 
 def disk_named(image: Image, name: str) -> Disk:

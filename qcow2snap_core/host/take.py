@@ -14,16 +14,19 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, NamedTuple, Protocol
 
 from ..errors import Error, UsageError, shown
 from .nbdkit import nbdkit
 from .openfiles import Found, find
-from .qmp import FrozenGuest, Qmp
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
 _LONGEST_NAME: Final = 255  # QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
+
+
+Frozen = Callable[[], AbstractContextManager[object]]
 
 
 class Taken(NamedTuple):
@@ -45,31 +48,40 @@ class Taken(NamedTuple):
         return shlex.join([*nbdkit(), f"file={self.found.path}", f"{key}={self.name}"])
 
 
-def take(socket: str, devices: Sequence[str], name: str, agent: str | None = None) -> list[Taken]:
-    """Take an internal snapshot of all ``devices`` (node or device names) at one instant.
+class Qemu(Protocol):
+    """The monitor of a running QEMU."""
 
-    ``agent`` is the socket of the guest's agent, to freeze its filesystems meanwhile.
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What a command returns.  Raises QmpError."""
+
+    def process(self) -> int:
+        """The process; 0 if it is not to be seen from here."""
+
+
+def take(qemu: Qemu, devices: Mapping[str, str], name: str, frozen: Frozen) -> list[Taken]:
+    """Take an internal snapshot of all ``devices`` at one instant: their node or device names, by
+    what the user calls them.
+
+    ``frozen`` makes the context in which it is taken: the guest's filesystems are frozen in it.
     Raises UsageError, or QmpError with QEMU's reason; then no snapshot was taken.
     """
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
     if len(os.fsencode(name)) > _LONGEST_NAME:
         raise UsageError(f"the snapshot's name is longer than the {_LONGEST_NAME} bytes of QEMU's")
-    if len(set(devices)) < len(devices):
-        raise UsageError("a device is given twice: name each one once")
-    with Qmp(socket) as qemu:
-        _check(_nodes(qemu), devices)
-        with FrozenGuest(agent) if agent is not None else contextlib.nullcontext():
-            if len(devices) == 1:
-                qemu.execute(_TAKE, device=devices[0], name=name)
-            else:
-                actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in devices]
-                qemu.execute("transaction", actions=actions)
-        nodes = _nodes(qemu)
-        return [_taken(qemu, device, name, nodes[device]["image"]) for device in devices]
+    names = list(devices.values())
+    _check(_nodes(qemu), names)
+    with frozen():
+        if len(names) == 1:
+            qemu.execute(_TAKE, device=names[0], name=name)
+        else:
+            actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in names]
+            qemu.execute("transaction", actions=actions)
+    nodes = _nodes(qemu)
+    return [_taken(qemu, called, name, nodes[d]["image"]) for called, d in devices.items()]
 
 
-def _taken(qemu: Qmp, device: str, name: str, image: dict[str, Any]) -> Taken:
+def _taken(qemu: Qemu, device: str, name: str, image: dict[str, Any]) -> Taken:
     file = _file_name(image["filename"])
     snapshots = [s for s in image.get("snapshots", ()) if s["name"] == name]
     if not snapshots:
@@ -80,7 +92,7 @@ def _taken(qemu: Qmp, device: str, name: str, image: dict[str, Any]) -> Taken:
         return Taken(device, name, file, None, str(e))
 
 
-def _nodes(qemu: Qmp) -> dict[str, dict[str, Any]]:
+def _nodes(qemu: Qemu) -> dict[str, dict[str, Any]]:
     """What QEMU says of each node (BlockDeviceInfo), by the names that a device may be given."""
     nodes: dict[str, dict[str, Any]] = {}
     for node in qemu.execute("query-named-block-nodes"):

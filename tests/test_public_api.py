@@ -58,7 +58,8 @@ SURFACE = {
     "__version__": {"(a str)": ""},
     "changes": {"()": "(old: Disk, new: Disk) -> Iterator[Extent]"},
     "check": {
-        "()": f"(image: Image, snapshot: Snapshot | str | None = None, *, {WARN}) -> list[Finding]"
+        "()": "(image: Image, snapshot: Snapshot | str | None = None, *, data: bool = False, "
+        f"{WARN}) -> list[Finding]"
     },
     "compact": {
         "()": f"(image: Image, target: {PATH}, *, compress: str | None = None, "
@@ -78,7 +79,8 @@ SURFACE = {
         "()": f"(path: {PATH}, *, allow_dirs: {PATHS} = (), allow_files: {PATHS} = (), "
         "backing_format: str | None = None, "
         "passphrase: str | bytes | Mapping[int, str | bytes] | None = None, "
-        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864) -> Image"
+        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864, "
+        "remote_timeout: float = 30.0) -> Image"
     },
     "split": {
         "()": f"(image: Image, directory: {PATH}, *, replace: bool = False, verify: bool = True, "

@@ -12,8 +12,9 @@ PACKAGE = Path(qcow2snap_core.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli", "library"},
+    {"fuse"},
     {"transfer", "host", "serve", "files"},
-    {"tables"},
+    {"tables", "memory"},
     {"image"},
     {"decode"},
     {"format"},

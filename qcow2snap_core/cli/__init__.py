@@ -29,6 +29,7 @@ COMMANDS = (
     "diff",
     "check",
     "take",
+    "prune",
     "copy",
     "compact",
     "split",
@@ -38,11 +39,12 @@ COMMANDS = (
     "ls",
     "cat",
     "extract",
+    "memory",
     "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
+_DOING = ("prune", "copy", "compact", "split", "join", "mount", "serve", "extract", "memory")
 
 #: The statuses of what was printed whole: done, and what ``check`` found.
 _WITH_OUTPUT = (0, 3)
@@ -67,7 +69,7 @@ def _only_reports(argv: Sequence[str]) -> bool:
         word in OUTPUT_NAMES and not before.startswith("--passphrase")
         for before, word in pairwise(argv)
     )
-    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
+    return argv[0] in _DOING and not written and not {"-h", "--help", "--dry-run"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parser(_needed(argv)).parse_args(argv)
+        args = whole_parser(_needed(argv)).parse_args(argv)
         status: int = args.run(args)
         return status
     except SystemExit as e:  # of argparse: help, version, or a usage error that it has printed
@@ -120,7 +122,7 @@ def _needed(argv: Sequence[str]) -> Sequence[str]:
     return argv[:1] if argv and argv[0] in COMMANDS and argv[0] != "help" else COMMANDS
 
 
-def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def whole_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",

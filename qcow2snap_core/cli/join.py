@@ -12,7 +12,13 @@ from ..errors import escaped
 from ..transfer.chains import JOIN_TARGETS, join
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    ensure_not_source,
+    open_from,
+)
 from .streams import warn
 
 HELP = "an external chain to one image with internal snapshots"
@@ -28,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    ensure_not_source(args.out, args.file)
     place = judge(args.out, JOIN_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         names = join(image, place, warn, args.verify)

@@ -11,10 +11,11 @@ from ..transfer import compact as whole_image
 from ..transfer import copy as backup
 from ..transfer.compressors import COMPRESSIONS
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
-from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..transfer.judge import STANDARD_OUTPUT, Kind, Place, judge
 from ..transfer.updates import Base
 from ..typed import Final, NamedTuple
 from ..util.progress import silent
+from ..util.wording import LIBRARY
 from . import arguments
 from .analysis import comparable
 from .disk import Disk
@@ -89,7 +90,7 @@ def copy(
             raise ValueError("new is a VM state: copy it from its file object, raw()")
         if in_place or base != "recorded":
             raise ValueError("in_place and base go with since: a full copy starts from nothing")
-        to = new_copy(path, form=format, compress=compress, replace=replace)
+        to = new_copy(path, form=format, compress=compress, replace=replace, words=LIBRARY)
     else:
         comparable(since, new)
         if replace or (format or form_of(path)) != "raw":
@@ -122,7 +123,7 @@ def compact(
     arguments.instance("image", image, Image)
     where = arguments.path("target", target)
     _check_compress(compress)
-    place = judge(where, whole_image.COMPACT_TARGETS, replace=arguments.flag("replace", replace))
+    place = _place(where, whole_image.COMPACT_TARGETS, replace)
     with silent():
         whole_image.compact(
             image._image, place, _told(warn), compress, arguments.flag("verify", verify)
@@ -154,7 +155,7 @@ def split(
     arguments.instance("image", image, Image)
     where = arguments.path("directory", directory)
     arguments.flag("verify", verify)
-    place = judge(where, chains.SPLIT_TARGETS, replace=arguments.flag("replace", replace))
+    place = _place(where, chains.SPLIT_TARGETS, replace)
     with silent():
         names = chains.split(image._image, place, _told(warn), verify)
     return [os.path.join(where, name) for name in names]
@@ -182,9 +183,13 @@ def join(
     arguments.instance("top", top, Image)
     where = arguments.path("target", target)
     arguments.flag("verify", verify)
-    place = judge(where, chains.JOIN_TARGETS, replace=arguments.flag("replace", replace))
+    place = _place(where, chains.JOIN_TARGETS, replace)
     with silent():
         return chains.join(top._image, place, _told(warn), verify)
+
+
+def _place(name: str, accepts: Kind, replace: bool) -> Place:
+    return judge(name, accepts, replace=arguments.flag("replace", replace), words=LIBRARY)
 
 
 def _check_compress(compress: str | None) -> None:

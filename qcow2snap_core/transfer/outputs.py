@@ -31,7 +31,6 @@ import re
 import secrets
 import shutil
 import stat
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -41,8 +40,8 @@ from typing import Final
 from ..errors import UsageError, reason, shown
 from ..storage.libnbd import is_uri
 from ..storage.local import Storage
+from ..storage.locks import of_byte
 
-_FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _BYTE: Final = 1 << 62
 _CREATE_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -68,7 +67,7 @@ def output(
     """
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
-    _clear(directory)
+    clear(directory)
     try:
         part, held = _begin(directory, is_directory)
     except OSError as e:
@@ -136,7 +135,7 @@ def _give_name(part: str, path: str, is_directory: bool, replace: bool) -> None:
             _rename(part, path, _NOREPLACE)
         except FileExistsError:
             raise UsageError(
-                f"{shown(path)} was made by somebody else meanwhile: add --force to replace it"
+                f"{shown(path)} was made by somebody else meanwhile: it was left alone, start again"
             ) from None
         except OSError as e:
             if e.errno not in _UNKNOWN:
@@ -204,7 +203,7 @@ def _begin(directory: str, is_directory: bool) -> tuple[str, int]:
         os.close(fd)  # somebody's cleaning was quicker, and removes it
 
 
-def _clear(directory: str) -> None:
+def clear(directory: str) -> None:
     """Remove what killed processes have left."""
     with suppress(OSError):
         for name in os.listdir(directory):
@@ -233,7 +232,7 @@ def _lock(fd: int, kind: int, unless_impossible: bool = False) -> None:
         if stat.S_ISDIR(mode):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif stat.S_ISREG(mode):
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _BYTE, 1, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, of_byte(kind, _BYTE))
         else:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     except OSError as e:

@@ -129,7 +129,7 @@ def test_a_passphrase_of_two_lines_is_refused_and_not_cut(tmp_path: Path) -> Non
 REFUSED = {
     "no such snapshot": (["three", "mnt"], "it has 1 'one'"),
     "no such directory": (["one", "none"], "there is no directory"),
-    "no such partition": (["one", "mnt", "--partition", "1"], "partition"),
+    "no partitions": (["one", "mnt", "--partition", "1"], "has no partitions: leave out --part"),
 }
 
 

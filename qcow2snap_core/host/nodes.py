@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import Error, UsageError, shown
-from .qmp import Qmp
 
 #: BlockDeviceInfo of QEMU's QAPI
 Node = dict[str, Any]
 
 
-def nodes(qemu: Qmp) -> dict[str, Node]:
+class Qemu(Protocol):
+    """The monitor of a running QEMU."""
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """What a command returns.  Raises QmpError."""
+
+    def process(self) -> int:
+        """The process; 0 if it is not to be seen from here."""
+
+
+def nodes(qemu: Qemu) -> dict[str, Node]:
     """What QEMU says of each node, by the names that a device may be given."""
     found: dict[str, Node] = {}
     for node in qemu.execute("query-named-block-nodes"):

@@ -10,20 +10,22 @@ Several disks are one QMP transaction: QEMU drains them all, and then takes all 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
 from ..errors import UsageError
 from .nbdkit import nbdkit
-from .nodes import ensure_qcow2, file_name, nodes
+from .nodes import Qemu, ensure_qcow2, file_name, nodes
 from .openfiles import Found, find
-from .qmp import FrozenGuest, Qmp
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
 _LONGEST_NAME: Final = 255  # QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
+
+
+Frozen = Callable[[], AbstractContextManager[object]]
 
 
 class Taken(NamedTuple):
@@ -45,32 +47,31 @@ class Taken(NamedTuple):
         return shlex.join([*nbdkit(), f"file={self.found.path}", f"{key}={self.name}"])
 
 
-def take(socket: str, devices: Sequence[str], name: str, agent: str | None = None) -> list[Taken]:
-    """Take an internal snapshot of all ``devices`` (node or device names) at one instant.
+def take(qemu: Qemu, devices: Mapping[str, str], name: str, frozen: Frozen) -> list[Taken]:
+    """Take an internal snapshot of all ``devices`` at one instant: their node or device names, by
+    what the user calls them.
 
-    ``agent`` is the socket of the guest's agent, to freeze its filesystems meanwhile.
+    ``frozen`` makes the context in which it is taken: the guest's filesystems are frozen in it.
     Raises UsageError, or QmpError with QEMU's reason; then no snapshot was taken.
     """
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
     if len(os.fsencode(name)) > _LONGEST_NAME:
         raise UsageError(f"the snapshot's name is longer than the {_LONGEST_NAME} bytes of QEMU's")
-    if len(set(devices)) < len(devices):
-        raise UsageError("a device is given twice: name each one once")
-    with Qmp(socket) as qemu:
-        more = "; a snapshot has one name, what is before it is a device" * (len(devices) > 1)
-        ensure_qcow2(nodes(qemu), devices, more)
-        with FrozenGuest(agent) if agent is not None else contextlib.nullcontext():
-            if len(devices) == 1:
-                qemu.execute(_TAKE, device=devices[0], name=name)
-            else:
-                actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in devices]
-                qemu.execute("transaction", actions=actions)
-        there = nodes(qemu)
-        return [_taken(qemu, device, name, there[device]["image"]) for device in devices]
+    names = list(devices.values())
+    more = "; a snapshot has one name, what is before it is a device" * (len(names) > 1)
+    ensure_qcow2(nodes(qemu), names, more)
+    with frozen():
+        if len(names) == 1:
+            qemu.execute(_TAKE, device=names[0], name=name)
+        else:
+            actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in names]
+            qemu.execute("transaction", actions=actions)
+    there = nodes(qemu)
+    return [_taken(qemu, called, name, there[d]["image"]) for called, d in devices.items()]
 
 
-def _taken(qemu: Qmp, device: str, name: str, image: dict[str, Any]) -> Taken:
+def _taken(qemu: Qemu, device: str, name: str, image: dict[str, Any]) -> Taken:
     file = file_name(image["filename"])
     snapshots = [s for s in image.get("snapshots", ()) if s["name"] == name]
     if not snapshots:

@@ -14,11 +14,11 @@ get their names, every state is read back and compared with the source (:mod:`.v
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ..errors import UsageError, shown
+from ..format.filenames import file_names
 from ..format.ondisk import MAX_CHAIN
 from ..format.snapshot_table import read_table
 from ..format.snapshots import Snapshot
@@ -42,8 +42,6 @@ SPLIT_TARGETS: Final = Kind.DIRECTORY
 JOIN_TARGETS: Final = Kind.FILE
 
 ACTIVE: Final = "active"
-
-_LONGEST_NAME: Final = 255  # bytes, of every Linux filesystem
 
 
 class Part(NamedTuple):
@@ -103,48 +101,11 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     return [part.name + ENDING for part in parts]
 
 
-def file_names(snapshots: Sequence[Snapshot]) -> list[str]:
-    """What each snapshot's overlay is called, without the ending.
-
-    The name where that is one of its own and fits, else the ID; a number makes it unique when
-    that is another's too, which no image made by QEMU needs.
-    """
-    names = Counter(s.name for s in snapshots)
-    reserved = {ACTIVE, *(_encoded(s.id) for s in snapshots)}
-    found: list[str] = []
-    for s in snapshots:
-        name = _encoded(s.name)
-        own = name and names[s.name] == 1 and (name not in reserved or s.name == s.id)
-        if not own or name == ACTIVE or len(os.fsencode(name + ENDING)) > _LONGEST_NAME:
-            name = _encoded(s.id)
-        number = 2
-        free = name
-        while free in (ACTIVE, *found) or len(os.fsencode(free + ENDING)) > _LONGEST_NAME:
-            free, number = f"{name[:50]}.{number}", number + 1
-        found.append(free)
-    return found
-
-
-def _encoded(name: str) -> str:
-    """A name as a file's.  Percent-encoded is what no file name can hold, what hides a file or
-    makes an option of it, and what does not show as what it is: control characters, those that
-    turn the direction of writing, bytes that are not UTF-8."""
-    bare = name.lstrip(".")
-    leading = len(name) - len(bare) or name.startswith("-")
-    return "".join(
-        c if i >= leading and c.isprintable() and c not in "/%" else _percent(c)
-        for i, c in enumerate(name)
-    )
-
-
-def _percent(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
-
-
 def _states(image: Image, snapshots: Sequence[Snapshot], keep: bool) -> Iterator[Part]:
     disks = [image.disk(s) for s in snapshots] + [image.active_disk()]
+    names = [*file_names(snapshots, ENDING, (ACTIVE,)), ACTIVE]
     below: Disk | None = None
-    for name, disk in zip([*file_names(snapshots), ACTIVE], disks, strict=True):
+    for name, disk in zip(names, disks, strict=True):
         yield Part(_state(name, disk), _changes(below, disk, keep))
         below = disk
 

@@ -34,7 +34,7 @@ from ..transfer.salvage import Salvage
 from ..transfer.salvaged import SalvagedFile
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
-from ..util.units import binary
+from ..util.units import binary, counted
 from .common import (
     add_force,
     add_image_options,
@@ -139,7 +139,7 @@ def _salvage(args: argparse.Namespace) -> int:
     if losses:
         lost = binary(sum(loss.length for loss in losses))
         say(
-            f"{lost} in {len(losses)} ranges could not be read and are zeros in "
+            f"{lost} in {counted(len(losses), 'range')} could not be read and are zeros in "
             f"{shown(args.target)}: {shown(args.salvage)} lists them"
         )
     return 1 if losses else 0

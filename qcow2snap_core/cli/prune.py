@@ -30,7 +30,7 @@ from ..tables.space import Freed, freed_together
 from ..util.interrupts import Interrupted, deferred
 from ..util.passphrase import read_passphrase
 from ..util.progress import progress
-from ..util.units import binary
+from ..util.units import binary, counted
 from ..util.wording import COMMAND, passphrase_key
 from .common import add_image_options, open_from, print_json
 from .streams import say
@@ -163,7 +163,7 @@ def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> None:
     except Error as e:
         raise type(e)(f"{e}: {done} of {len(doomed)} were deleted") from e
     except Interrupted:
-        say(f"stopped: {done} of {len(doomed)} snapshots were deleted")
+        say(f"stopped: {done} of {counted(len(doomed), 'snapshot')} were deleted")
         raise
 
 
@@ -173,7 +173,7 @@ def _print(plan: _Plan, dry_run: bool) -> None:
         kept += [(*_row(s), first) for first in why[:1]]
         kept += [("", "", "", more) for more in why[1:]]
     if kept:
-        print(f"keep {len(plan.considered) - len(plan.doomed)} snapshots:")
+        print(f"keep {counted(len(plan.considered) - len(plan.doomed), 'snapshot')}:")
         _print_rows([("ID", "TAG", "DATE", "REASONS"), *kept])
     if not plan.doomed:
         print("there is nothing to delete")
@@ -181,7 +181,7 @@ def _print(plan: _Plan, dry_run: bool) -> None:
     what = "would delete" if dry_run else "delete"
     state = f", {binary(plan.freed.vm_state)} of it VM state" if plan.freed.vm_state else ""
     frees = f"frees {binary(plan.freed.size)}{state}"
-    print(f"{what} {len(plan.doomed)} snapshots, which {frees}:")
+    print(f"{what} {counted(len(plan.doomed), 'snapshot')}, which {frees}:")
     _print_rows([("ID", "TAG", "DATE"), *(_row(s) for s in plan.doomed)])
 
 

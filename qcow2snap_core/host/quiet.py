@@ -72,8 +72,10 @@ class QuietImage:
             except FileNotFoundError:
                 raise UsageError("qemu-img is missing: install qemu-utils") from None
         if done.returncode:
-            said = os.fsdecode(done.stderr).replace(what, self._image.path).strip().splitlines()
-            why = escaped(said[0]) if said else f"status {done.returncode}"
+            said = os.fsdecode(done.stderr)
+            for name_of_ours in (what, _path(file)):
+                said = said.replace(name_of_ours, self._image.path)
+            why = escaped(said.partition("\n")[0]) or f"status {done.returncode}"
             raise StorageError(f"{called(snapshot)} was not deleted: {why}")
 
     def _ensure_quiet(self) -> None:

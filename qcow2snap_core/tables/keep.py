@@ -99,10 +99,9 @@ def reasons_to_keep(
 
 
 def _younger(moments: Sequence[tuple[int, int]], within: Duration, now: float) -> Iterator[int]:
-    past = [(sec, nsec) for sec, nsec in moments if sec + nsec / 10**9 < now]
-    for k, moment in enumerate(moments):
-        if not past or moment > (within.before(max(past)[0]), max(past)[1]):
-            yield k
+    newest = max(((sec, nsec) for sec, nsec in moments if sec + nsec / 10**9 < now), default=None)
+    start = None if newest is None else (within.before(newest[0]), newest[1])
+    yield from (k for k, moment in enumerate(moments) if start is None or moment > start)
 
 
 def _count(

@@ -112,7 +112,12 @@ class Salvage:
 
     def _lose(self, part: Range) -> None:
         with self._lock:
-            self._noted.append(Loss(part.offset, part.length, part.why))
+            last = self._noted[-1] if self._noted else None
+            if last is not None and last.offset + last.length == part.offset:
+                # A bad table is lost cluster by cluster, of which there may be millions.
+                self._noted[-1] = last._replace(length=last.length + part.length)
+            else:
+                self._noted.append(Loss(part.offset, part.length, part.why))
 
 
 def _halves(part: Range) -> tuple[Range, Range]:

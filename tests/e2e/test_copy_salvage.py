@@ -17,7 +17,7 @@ from support.badsectors import SECTOR, bad_sectors
 from support.devices import loop_device
 from support.qemu import KiB, MiB
 from support.remote import remote
-from support.server import ROOT
+from support.server import ROOT, serve
 
 BAD = 5 * 64 * KiB  # a cluster of the guest that is damaged
 
@@ -57,7 +57,7 @@ def test_a_damaged_snapshot_with_its_map(harmed: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.fullmatch(rf"{out}: 1.94 MiB of data and 2.06 MiB of zeros in .* s\n", done.stdout)
     assert done.stderr == (
-        f"qcow2snap: 64 KiB in 1 ranges could not be read and are zeros in '{out}': "
+        f"qcow2snap: 64 KiB in 1 range could not be read and are zeros in '{out}': "
         f"'{map_}' lists them\n"
     )
     assert out.read_bytes() == content(LOST)
@@ -93,11 +93,41 @@ def test_bad_sectors_below_an_nbd_server(disk: Path, tmp_path: Path) -> None:
     with bad_sectors(disk, [(host + 3 * SECTOR, 2 * SECTOR)]) as server:
         done = command.run("copy", "--salvage", map_, server.uri, "one", out)
     assert done.returncode == 1
-    assert done.stderr.startswith("qcow2snap: 1 KiB in 1 ranges could not be read")
+    assert done.stderr.startswith("qcow2snap: 1 KiB in 1 range could not be read")
     start = BAD + 3 * SECTOR
     assert out.read_bytes() == content(range(start, start + 2 * SECTOR))
     bad = ddrescuelog("--list-blocks=-", map_).split()
     assert bad == [str(start // SECTOR), str(start // SECTOR + 1)]
+
+
+def blocks(mapfile: Path) -> list[str]:
+    """The lines of a mapfile behind its status line."""
+    lines = [line.lower() for line in mapfile.read_text().splitlines() if line[0] != "#"]
+    return lines[1:]
+
+
+def test_ddrescue_makes_the_same_copy_and_map_of_the_disk_that_is_served(
+    harmed: Path, tmp_path: Path
+) -> None:
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no FUSE here")
+    for guest in (0, MiB + 64 * KiB, 2 * MiB - 64 * KiB):
+        damage.put64(harmed, damage.l2_entry(harmed, "one", guest), 0x200)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    command.run("copy", "--salvage", ours, harmed, "one", ours.with_suffix(".raw"))
+    (tmp_path / "view").mkdir()
+    with serve(file=harmed, snapshot="one") as server:
+        line = ["nbdfuse", "-r", tmp_path / "view" / "disk", server.uri()]
+        with subprocess.Popen(line, stderr=subprocess.DEVNULL) as shown:
+            try:
+                running.eventually((tmp_path / "view" / "disk").exists)
+                disk = tmp_path / "view" / "disk"
+                qemu.run("ddrescue", "-q", disk, theirs.with_suffix(".raw"), theirs)
+            finally:
+                qemu.run("fusermount3", "-u", tmp_path / "view")
+                shown.wait(20)
+    assert blocks(ours) == blocks(theirs)
+    assert ours.with_suffix(".raw").read_bytes() == theirs.with_suffix(".raw").read_bytes()
 
 
 REFUSED = {

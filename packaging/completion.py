@@ -18,7 +18,7 @@ from qcow2snap_core.cli import whole_parser
 
 KINDS = {
     **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET", "MAP"), "files"),
-    **dict.fromkeys(("DIR", "OUTDIR"), "directories"),
+    **dict.fromkeys(("DIR", "OUTDIR", "REPOSITORY"), "directories"),
     **dict.fromkeys(("SNAPSHOT", "SNAPSHOT[:PARTITION]", "OLD", "NEW"), "snapshots"),
     "SNAPSHOT,...": "several",
     "COMMAND": "commands",

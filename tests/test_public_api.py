@@ -62,7 +62,8 @@ SURFACE = {
     },
     "changes": {"()": "(old: Disk, new: Disk) -> Iterator[Extent]"},
     "check": {
-        "()": f"(image: Image, snapshot: Snapshot | str | None = None, *, {WARN}) -> list[Finding]"
+        "()": "(image: Image, snapshot: Snapshot | str | None = None, *, data: bool = False, "
+        f"{WARN}) -> list[Finding]"
     },
     "compact": {
         "()": f"(image: Image, target: {PATH}, *, compress: str | None = None, "

@@ -12,6 +12,7 @@ PACKAGE = Path(qcow2snap_core.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli", "library"},
+    {"fuse"},
     {"transfer", "host", "serve", "files"},
     {"tables", "memory"},
     {"image"},

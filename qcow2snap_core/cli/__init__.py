@@ -29,6 +29,7 @@ COMMANDS = (
     "diff",
     "check",
     "take",
+    "prune",
     "copy",
     "compact",
     "backup",
@@ -47,8 +48,8 @@ COMMANDS = (
 
 #: Those that do something; what the others print is what they are called for.
 _DOING = (
-    *("copy", "compact", "backup", "restore", "split", "join", "mount", "serve", "extract"),
-    "memory",
+    *("prune", "copy", "compact", "backup", "restore", "split", "join", "mount", "serve"),
+    *("extract", "memory"),
 )
 
 #: The statuses of what was printed whole: done, and what ``check`` and ``verify`` found.
@@ -74,7 +75,7 @@ def _only_reports(argv: Sequence[str]) -> bool:
         word in OUTPUT_NAMES and not before.startswith("--passphrase")
         for before, word in pairwise(argv)
     )
-    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
+    return argv[0] in _DOING and not written and not {"-h", "--help", "--dry-run"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,9 +13,11 @@ from typing import Any, Final
 from ..errors import UsageError, shown
 from ..format.choosing import Choice, choose
 from ..format.snapshots import Snapshot
+from ..host.domains import image_of
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
+from ..image.mapping import SLICE_BYTES
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
@@ -30,6 +32,11 @@ WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how an image is opened; they mean what the plugin's keys mean."""
     group = parser.add_argument_group("how to open the image")
+    group.add_argument(
+        "--disk",
+        metavar="TARGET",
+        help="which disk of libvirt:DOMAIN, in place of a file, is meant: vda, say",
+    )
     group.add_argument(
         "--allow-dir",
         metavar="DIR",
@@ -77,10 +84,17 @@ def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help=what)
 
 
-def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
-    """Open ``args.file`` as the options say; ``data`` and ``layers`` as in :class:`.Options`.
+def open_from(
+    args: argparse.Namespace,
+    *,
+    data: bool = True,
+    layers: bool = True,
+    slice_bytes: int = SLICE_BYTES,
+) -> Image:
+    """Open ``args.file``, or what it stands for, as the options say; the keywords as in
+    :class:`.Options`.
 
-    Raises as :func:`.open_image`.
+    Raises as :func:`.open_image` and :func:`.image_of`.
     """
     passphrases = {}
     for name, value in vars(args).items():
@@ -97,8 +111,9 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         allow_files=tuple(args.allow_file),
         remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
         words=COMMAND,
+        slice_bytes=slice_bytes,
     )
-    return open_image(args.file, options)
+    return open_image(image_of(args.file, args.disk), options)
 
 
 def ensure_not_source(target: str, file: str) -> None:

@@ -4,14 +4,18 @@ in which nothing stands are left out.
 
 With --tree a strip for each shows which parts of the disk it shares with older and newer ones, and
 which are its own. The width is the terminal's. With --free it is told what deleting several
-snapshots together frees, which is more than the sum where they share what nobody else has. FILE may
-be a repository that backup has made: then it is the snapshots in that."""
+snapshots together frees, which is more than the sum where they share what nobody else has.
+
+Of libvirt:DOMAIN, which stands for the machine's image, a last column is what libvirt knows of each
+snapshot: when libvirt took it, the machine's state then, and the description. FILE may also be a
+repository that backup has made: then it is the snapshots in that."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final
@@ -21,6 +25,7 @@ from ..format.choosing import Choice, choose
 from ..format.oddities import oddities
 from ..format.snapshot_table import Table
 from ..format.snapshots import Snapshot, date
+from ..host.domains import Known, is_domain, known_snapshots
 from ..image.image import Image
 from ..serve.exports import exports_of
 from ..tables.findings import ACTIVE
@@ -36,10 +41,11 @@ HELP = "the snapshots, and the space that each takes alone"
 EXAMPLE = "qcow2snap list disk.qcow2"
 
 _TITLES = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE", "EXCLUSIVE")
+_LIBVIRT = "LIBVIRT"
 _NUMBERS = (2, 4, 5, 6, 7)
 _NAMES = (1, 0)
 _NOTHING: Final = {"0 B", "00:00:00.000", "0", ""}  # in a column that may go
-_MAY_GO = (2, 4, 5)
+_MAY_GO = (2, 4, 5, 8)
 _NARROWEST = 8  # of a strip, however long the names are
 
 
@@ -81,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         elif args.free:
             table = _print_freed(image, args.free, args.json)
         else:
-            table = _print_list(image, args.json, args.wide)
+            known = known_snapshots(args.file) if is_domain(args.file) else None
+            table = _print_list(image, args.json, args.wide, known)
         odd = [wrong for _, wrong in oddities(table.snapshots, image.header)]
     if odd:
         more = f" (and {len(odd) - 1} more like this)" if len(odd) > 1 else ""
@@ -94,16 +101,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_list(image: Image, json: bool, wide: bool) -> Table:
+def _print_list(image: Image, json: bool, wide: bool, known: list[Known] | None) -> Table:
     table, sizes = image.of_all(partial(exclusive_sizes, image))
     listed = list(zip(table.snapshots, sizes, strict=True))
+    libvirts = {each.name: each for each in known or ()}
     if json:
         names = {id(e.snapshot): e.name for e in exports_of(table.snapshots) if not e.vm_state}
-        print_json(_object(s, freed, names.get(id(s))) for s, freed in listed)
+        objects = (_object(s, freed, names.get(id(s))) for s, freed in listed)
+        if known is not None:
+            objects = (o | {"libvirt": _libvirt_object(libvirts.get(o["name"]))} for o in objects)
+        print_json(objects)
     elif listed:
-        rows: list[Sequence[str]] = [_TITLES, *(_row(s, freed) for s, freed in listed)]
+        rows: list[Sequence[str]] = [(*_TITLES, _LIBVIRT)]
+        rows += [_row(s, freed, libvirts.get(s.name)) for s, freed in listed]
         gone = {i for i in _MAY_GO if not wide and {row[i] for row in rows[1:]} <= _NOTHING}
-        kept = [i for i in range(len(_TITLES)) if i not in gone]
+        there_are = len(_TITLES) if known is None else len(rows[0])
+        kept = [i for i in range(there_are) if i not in gone]
         if sys.stdout.isatty() and not wide:
             columns = terminal_width()
             rows[:] = fitted(rows, kept, _NAMES, columns)
@@ -111,6 +124,10 @@ def _print_list(image: Image, json: bool, wide: bool) -> Table:
         print_table([[row[i] for i in kept] for row in rows], right)
     elif not table.damage:
         say(f"{shown(image.path)} has no snapshots" + (f": {table.note}" if table.note else ""))
+    there = {s.name for s in table.snapshots}
+    for each in known or ():
+        if each.name not in there:
+            say(f"libvirt knows {shown(each.name)}, {_known(each)}, which is not in this image")
     return table
 
 
@@ -207,7 +224,27 @@ def _object(s: Snapshot, exclusive: Freed | None, export: str | None) -> dict[st
     return fields
 
 
-def _row(s: Snapshot, exclusive: Freed | None) -> tuple[str, ...]:
+def _libvirt_object(known: Known | None) -> dict[str, Any] | None:
+    return (
+        None
+        if known is None
+        else {
+            "date-sec": known.date,
+            "state": known.state,
+            "description": known.description,
+            "parent": known.parent or None,
+            "current": known.current,
+        }
+    )
+
+
+def _known(known: Known) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(known.date))
+    said = f": {escaped(known.description)}" if known.description else ""
+    return f"{when} {escaped(known.state)}{said}"
+
+
+def _row(s: Snapshot, exclusive: Freed | None, known: Known | None) -> tuple[str, ...]:
     seconds, millis = divmod(s.vm_clock_nsec // 10**6, 1000)
     return (
         escaped(s.id),
@@ -218,4 +255,5 @@ def _row(s: Snapshot, exclusive: Freed | None) -> tuple[str, ...]:
         "" if s.icount is None else str(s.icount),
         binary(s.disk_size),
         "?" if exclusive is None else binary(exclusive.size),
+        "" if known is None else _known(known),
     )

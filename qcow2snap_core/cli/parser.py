@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from ..errors import escaped
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
                 dest = layer[1].replace(".", "_")
                 self.add_argument(f"--{layer[1]}", dest=dest, help=argparse.SUPPRESS)
         if args is not None:
-            args = self._with_values(_with_dashes(args))
+            args = self._in_order(self._with_values(_with_dashes(args)))
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self._refuse(extra)
@@ -58,6 +59,25 @@ class Parser(argparse.ArgumentParser):
             f"{word}={action.const}" if action and action.nargs == "?" else word
             for word, action in ((word, self._option_string_actions.get(word)) for word in found)
         ]
+
+    def _in_order(self, args: Sequence[str]) -> list[str]:
+        """Options first, where an argument may be left out: argparse (3.11) gives that up at the
+        first option that stands before it, although it comes behind."""
+        if not any(a.nargs == "?" for a in self._get_positional_actions()):
+            return list(args)
+        words = iter(args)
+        options, arguments = [], []
+        for word in words:
+            if word == "--":
+                arguments += [word, *words]
+            elif not word.startswith("-") or word == "-":
+                arguments.append(word)
+            else:
+                options.append(word)
+                action = self._option_string_actions.get(word)
+                if action is not None and action.nargs is None:
+                    options += islice(words, 1)
+        return options + arguments
 
     def _refuse(self, extra: Sequence[str]) -> NoReturn:
         options = [word.partition("=")[0] for word in extra if word.startswith("-")]

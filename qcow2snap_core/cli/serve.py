@@ -2,12 +2,14 @@
 
 Whatever follows FILE and SNAPSHOT is nbdkit's or the plugin's: options like -U SOCKET, -i ADDRESS,
 -f, --filter=NAME, and KEY=VALUE like allow-dir=DIR. Without any, nbdkit listens on all addresses
-and goes into the background. A snapshot whose name looks like one of these stands behind --."""
+and goes into the background. A snapshot whose name looks like one of these stands behind --. Behind
+libvirt:DOMAIN, in place of FILE, --disk TARGET says which of the machine's disks is meant."""
 
 from __future__ import annotations
 
 import argparse
 
+from ..host.domains import image_of, is_domain
 from ..host.nbdkit import check_options, execute, nbdkit_to_run
 from ..serve.settings import is_key
 
@@ -34,6 +36,10 @@ def run(args: argparse.Namespace) -> int:
     if not words:
         args.usage_error("the following arguments are required: FILE")
     file, *rest = words
+    disk = None
+    if is_domain(file) and rest[:1] == ["--disk"] and len(rest) > 1:
+        disk, rest = rest[1], rest[2:]
+    file = image_of(file, disk)
     snapshot = []
     if rest[:1] == ["--"]:
         del rest[0]

@@ -1,12 +1,20 @@
 """Ask a running QEMU for an internal snapshot of one or more of its disks at one instant, with
-all writes flushed, and print the nbdkit command that serves each."""
+all writes flushed, and print the nbdkit command that serves each. QEMU is found by its QMP socket,
+or by the name that libvirt has for the machine; its disks are then called as there, and all are
+meant if none is named."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 
-from ..errors import shown
-from ..host.take import take
+from ..errors import UsageError, shown
+from ..host.domains import monitor
+from ..host.nodes import Qemu
+from ..host.qmp import FrozenGuest, Qmp
+from ..host.take import Frozen, take
 from ..util.interrupts import deferred
 from .streams import say
 
@@ -15,13 +23,16 @@ EXAMPLE = "qcow2snap take --qmp /run/vm.qmp --device disk0 --device disk1 nightl
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--qmp", required=True, metavar="SOCKET", help="QEMU's QMP socket")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket")
+    which.add_argument("--domain", metavar="DOMAIN", help="the machine's name in libvirt")
     parser.add_argument(
         "--device",
-        required=True,
         action="append",
+        default=[],
         metavar="NODE",
-        help="node or device name of a disk; repeat it for several disks at one instant",
+        help="node or device name of a disk, or its target in libvirt (vda); "
+        "repeat it for several disks at one instant",
     )
     parser.add_argument(
         "--agent",
@@ -29,25 +40,50 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="the guest agent's socket: freeze the guest's filesystems meanwhile",
     )
     parser.add_argument(
+        "--freeze",
+        action="store_true",
+        help="with --domain: freeze the guest's filesystems by its agent meanwhile",
+    )
+    parser.add_argument(
         "names",
         nargs="+",
         metavar="NAME",
         help="the snapshot's name; what is before it names devices",
     )
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     # `--device a b NAME` means what it looks like, though argparse sees two positionals.
     *more, name = args.names
-
+    devices = [*args.device, *more]
+    if args.qmp is not None and not devices:
+        args.usage_error("the following arguments are required: --device")
+    if args.qmp is not None and args.freeze:
+        args.usage_error("--freeze goes with --domain: --agent SOCKET is for --qmp")
+    if args.domain is not None and args.agent is not None:
+        args.usage_error("--agent goes with --qmp: --freeze is for --domain")
+    if len(set(devices)) < len(devices):
+        raise UsageError("a device is given twice: name each one once")
     with deferred():  # the guest must be thawed in any case
-        for taken in take(args.qmp, [*args.device, *more], name, args.agent):
-            command = taken.command()
-            if command is not None:
-                print(command)
-            else:
-                say(
-                    f"the snapshot {shown(name)} of {shown(taken.device)} was taken, but where "
-                    f"QEMU has {shown(taken.file)} is not known: {taken.unknown}"
-                )
+        if args.domain is not None:
+            with monitor(args.domain) as qemu:
+                freeze: Frozen = qemu.frozen if args.freeze else nullcontext
+                _take(qemu, qemu.nodes(devices), name, freeze)
+        else:
+            freeze = nullcontext if args.agent is None else partial(FrozenGuest, args.agent)
+            with Qmp(args.qmp) as qmp:
+                _take(qmp, {device: device for device in devices}, name, freeze)
     return 0
+
+
+def _take(qemu: Qemu, devices: Mapping[str, str], name: str, freeze: Frozen) -> None:
+    for taken in take(qemu, devices, name, freeze):
+        command = taken.command()
+        if command is not None:
+            print(command)
+        else:
+            say(
+                f"the snapshot {shown(name)} of {shown(taken.device)} was taken, but where "
+                f"QEMU has {shown(taken.file)} is not known: {taken.unknown}"
+            )

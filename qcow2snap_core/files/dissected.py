@@ -77,10 +77,10 @@ class Dissect:
             return _bytes(node.handle.readlink())
 
     def stored(self, node: Node) -> int:
-        return sum(length for _, length in self._ranges(node))
+        return sum(length for _, length in self.ranges(node))
 
     def chunks(self, node: Node) -> Iterator[tuple[int, bytes]]:
-        for start, length in self._ranges(node):
+        for start, length in self.ranges(node):
             offset, end = start, start + length
             with judged(self._window, shown(node.name)):
                 file = node.handle.open()
@@ -93,7 +93,7 @@ class Dissect:
                 yield offset, piece
                 offset += len(piece)
 
-    def _ranges(self, node: Node) -> list[tuple[int, int]]:
+    def ranges(self, node: Node) -> list[tuple[int, int]]:
         """Where a file has data, in bytes; neighbours are put together."""
         found: list[tuple[int, int]] = []
         with judged(self._window, shown(node.name)):
@@ -146,6 +146,9 @@ class Dissect:
             file = node.handle.open()
             file.seek(offset)
             return bytes(file.read(length))
+
+    def check(self) -> None:
+        self._window.check()
 
     def _node(self, name: bytes, entry: Any) -> Node:
         found = entry.lstat()

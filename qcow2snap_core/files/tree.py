@@ -68,6 +68,12 @@ class Filesystem(Protocol):
     def link(self, node: Node) -> bytes:
         """Where a symbolic link leads."""
 
+    def ranges(self, node: Node) -> list[tuple[int, int]]:
+        """Where a file may have data, as (offset, length), ascending; what is between is zeros.
+
+        Raises Unreadable too.
+        """
+
     def stored(self, node: Node) -> int:
         """The bytes of a file that :meth:`chunks` will give, about."""
 
@@ -78,7 +84,10 @@ class Filesystem(Protocol):
         """
 
     def pread(self, node: Node, offset: int, length: int) -> bytes:
-        """A part of a file."""
+        """A part of one of a file's :meth:`ranges`; it may be cut short."""
+
+    def check(self) -> None:
+        """Raises what reading the disk has once failed with; nothing more can be asked then."""
 
 
 def is_safe(name: bytes) -> bool:

@@ -100,10 +100,10 @@ class Sleuthkit:
             return bytes(target)
 
     def stored(self, node: Node) -> int:
-        return sum(length for _, length in self._ranges(node))
+        return sum(length for _, length in self.ranges(node))
 
     def chunks(self, node: Node) -> Iterator[tuple[int, bytes]]:
-        for start, length in self._ranges(node):
+        for start, length in self.ranges(node):
             offset, end = start, start + length
             while offset < end:
                 piece = self.pread(node, offset, min(_PIECE, end - offset))
@@ -116,7 +116,7 @@ class Sleuthkit:
         with judged(self._window, shown(node.name)):
             return bytes(node.handle.read_random(offset, length))
 
-    def _ranges(self, node: Node) -> list[tuple[int, int]]:
+    def ranges(self, node: Node) -> list[tuple[int, int]]:
         """Where a file may have data.  Raises Unreadable for what libtsk would make up."""
         if not node.size:
             return []
@@ -155,6 +155,9 @@ class Sleuthkit:
 
     def _is_own(self, inode: int) -> bool:
         return self.kind == kinds.NTFS and inode < _NTFS_OWN and inode != 5
+
+    def check(self) -> None:
+        self._window.check()
 
     def _node(self, name: bytes, file: Any) -> Node:
         meta = file.info.meta

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
 from ..image.disk import Disk
-from ..util.units import binary
+from ..util.units import binary, counted
 from . import journal, kinds
 from .dissected import Dissect, logical_volumes
 from .partitions import Partition, partitions
@@ -72,10 +72,28 @@ def parts(disk: Window) -> list[Partition]:
     return partitions(disk) if is_partitioned(disk) else []
 
 
+def places(disk: Window) -> list[str | None]:
+    """What of a disk may hold a filesystem, as :func:`open_filesystem` names it: partitions, or
+    None for all of it; without those that are LVM's.  Raises ImageError for damage.
+    """
+    windows = _numbered(disk) or {None: disk}
+    return [name for name, window in windows.items() if kinds.kind_of(window) != kinds.LVM]
+
+
+def volumes(disk: Window) -> list[str]:
+    """LVM's volumes in a disk, as ``VG/LV``.
+
+    Raises UsageError where no library is there to read them, ImageError for damage.
+    """
+    found = (*_numbered(disk).values(), disk)
+    devices = [window for window in found if kinds.kind_of(window) == kinds.LVM]
+    return list(logical_volumes(devices)) if devices else []
+
+
 def described(name: str, found: list[Partition]) -> str:
     """An error line that lists partitions; ``name`` is what a user would put before a number."""
     which = ", ".join(f"{name}{p.number} ({p.type}, {binary(p.length)})" for p in found)
-    return f"this disk has {len(found)} partitions: name one, {which}"
+    return f"this disk has {counted(len(found), 'partition')}: name one, {which}"
 
 
 def open_filesystem(disk: Disk, snapshot: str, part: str | None, how: How = How()) -> Filesystem:  # noqa: B008
@@ -106,6 +124,10 @@ def open_filesystem(disk: Disk, snapshot: str, part: str | None, how: How = How(
             "--ignore-journal reads it as it lies, files that were changed last may be wrong"
         )
     return filesystem  # type: ignore[no-any-return]
+
+
+def _numbered(disk: Window) -> dict[str | None, Window]:
+    return {str(p.number): Window(disk, p.offset, p.length) for p in parts(disk)}
 
 
 def _volume(disk: Window, snapshot: str, part: str | None) -> Window:

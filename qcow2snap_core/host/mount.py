@@ -47,7 +47,7 @@ def mount(
     Raises UsageError for a directory that will not do, StorageError with what nbdkit or nbdfuse
     says when they fail.
     """
-    _check_directory(directory)
+    check_directory(directory)
     with _disk(image, snapshot, directory, partition, ["-r"], []) as server:
         if server.until_mounted(directory):
             ready(os.path.join(directory, FILE))
@@ -61,7 +61,7 @@ def mount_filesystem(
 
     Raises as :func:`mount`, UsageError also when there is no filesystem that can be read.
     """
-    _check_directory(directory)
+    check_directory(directory)
     hidden = tempfile.mkdtemp(prefix="qcow2snap-")
     try:
         with _disk(image, snapshot, hidden, partition, [], ["--filter=cow"]) as server:
@@ -87,7 +87,8 @@ def mount_filesystem(
             os.rmdir(hidden)
 
 
-def _check_directory(directory: str) -> None:
+def check_directory(directory: str) -> None:
+    """Raises UsageError for one that cannot be mounted on."""
     if not os.path.isdir(directory):
         raise UsageError(f"there is no directory {shown(directory)} to mount on")
     if os.path.ismount(directory):

@@ -210,6 +210,10 @@ class Disk:
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
 
+    def inside(self, host: int, length: int) -> int:
+        """How many bytes of a run of data the file has, from host offset ``host`` on."""
+        return self._clusters.inside(host, length)
+
     def in_file(self, offset: int, length: int) -> FileRange | None:
         n, kind, location = self._mapping.run(self.base + offset, length)
         if kind == UNALLOCATED and self._below is not None:

@@ -20,6 +20,7 @@ from ..typed import TYPE_CHECKING, Final, NamedTuple
 from ..util.wording import LIBRARY, Wording
 from .clusters import Clusters, EncryptedClusters
 from .image import Chain, Image
+from .mapping import SLICE_BYTES
 
 if TYPE_CHECKING:
     from .layers import Layer
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     allow_files: tuple[str, ...] = ()
     remote_timeout: float = PATIENCE  # seconds for which an NBD server may be silent
     words: Wording = LIBRARY  # of whoever opens it, for error lines
+    slice_bytes: int = SLICE_BYTES  # of a table that are read at once; a power of two
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets

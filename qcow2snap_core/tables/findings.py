@@ -17,6 +17,7 @@ BAD_ENTRY: Final = "entry"  # out of bounds, unaligned, reserved bits
 OVERLAP: Final = "overlap"
 NOT_COUNTED: Final = "refcount"
 IN_PLACE: Final = "copied"
+UNREADABLE: Final = "data"  # clusters that cannot be read or decoded
 LEAK: Final = "leak"  # clusters that are counted more often than used: no damage
 
 

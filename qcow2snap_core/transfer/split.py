@@ -11,12 +11,12 @@ Before the chain gets its name, every state is read back and compared with the s
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 from ..errors import UsageError, shown
+from ..format.filenames import file_names
 from ..format.ondisk import MAX_CHAIN
 from ..format.snapshots import Snapshot
 from ..image.image import Image
@@ -37,8 +37,6 @@ SPLIT_TARGETS: Final = Kind.DIRECTORY
 
 ACTIVE: Final = "active"
 
-_LONGEST_NAME: Final = 255  # bytes, of every Linux filesystem
-
 
 def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]:
     """Make the chain in a directory; returns its files, base first.
@@ -56,7 +54,8 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     steps = [
         Step(disk, below, keep) for disk, below in zip(disks, [None, *disks[:-1]], strict=True)
     ]
-    files = [name + ENDING for name in (*file_names(snapshots), ACTIVE)]
+    names = file_names(snapshots, max(ENDING, VM_STATE, key=len), (ACTIVE,))
+    files = [name + ENDING for name in (*names, ACTIVE)]
     if verify:
         _check_depth(len(files) + (len(image.chain) - 1 if keep else 0))
     warn_of_encryption(image, warn)
@@ -68,21 +67,21 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
         parent = os.path.dirname(temporary)
         total = check_room(plans, image.header.cluster_size, parent, shown(directory), saved)
         paths = [os.path.join(temporary, file) for file in files]
-        names = [os.path.join(directory, file) for file in files]
+        shown_as = [os.path.join(directory, file) for file in files]
         backing = kept_backing(image, directory) if keep else None
         with progress("splitting", total) as bar:
-            for file, path, name, step in zip(files, paths, names, steps, strict=True):
+            for file, path, name, step in zip(files, paths, shown_as, steps, strict=True):
                 private(path)
                 write_disk(path, name, step, shape_of(image).over(backing), bar)
                 backing = relative(file), "qcow2"
-        for path, name, vm_state in zip(paths, names, vm_states, strict=False):
+        for path, name, vm_state in zip(paths, shown_as, vm_states, strict=False):
             if vm_state is not None:
                 private(_beside(path))
                 write_vm_state(_beside(path), _beside(name), vm_state, verify)
         ensure_not_written(image.files)
         if verify:
             with progress("comparing", sum(step.disk.size for step in steps)) as bar:
-                for path, name, step in zip(paths, names, steps, strict=True):
+                for path, name, step in zip(paths, shown_as, steps, strict=True):
                     compare_disk(path, name, step, reading(image), bar)
             ensure_not_written(image.files)
         _describe(snapshots, paths)
@@ -119,41 +118,3 @@ def _check_depth(files: int) -> None:
             f"the chain would have {files} files, more than the {MAX_CHAIN} that can be read back "
             f"and compared: add --no-verify"
         )
-
-
-def file_names(snapshots: Sequence[Snapshot]) -> list[str]:
-    """What each snapshot's overlay is called, without the ending.
-
-    The name where that is one of its own and fits, else the ID; a number makes it unique when
-    that is another's too, which no image made by QEMU needs.
-    """
-    names = Counter(s.name for s in snapshots)
-    reserved = {ACTIVE, *(encoded(s.id) for s in snapshots)}
-    found: list[str] = []
-    for s in snapshots:
-        name = encoded(s.name)
-        own = name and names[s.name] == 1 and (name not in reserved or s.name == s.id)
-        if not own or name == ACTIVE or len(os.fsencode(name + VM_STATE)) > _LONGEST_NAME:
-            name = encoded(s.id)
-        number = 2
-        free = name
-        while free in (ACTIVE, *found) or len(os.fsencode(free + ENDING)) > _LONGEST_NAME:
-            free, number = f"{name[:50]}.{number}", number + 1
-        found.append(free)
-    return found
-
-
-def encoded(name: str) -> str:
-    """A name as a file's.  Percent-encoded is what no file name can hold, what hides a file or
-    makes an option of it, and what does not show as what it is: control characters, those that
-    turn the direction of writing, bytes that are not UTF-8."""
-    bare = name.lstrip(".")
-    leading = len(name) - len(bare) or name.startswith("-")
-    return "".join(
-        c if i >= leading and c.isprintable() and c not in "/%" else _percent(c)
-        for i, c in enumerate(name)
-    )
-
-
-def _percent(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))

@@ -113,19 +113,29 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
         raise_if_interrupted()
         return process.wait()
     ended = os.pidfd_open(process.pid)
-    woken, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
     try:
-        raise_if_interrupted()
-        while ended not in select.select((ended, woken), (), ())[0]:
+        with waking() as woken:
             raise_if_interrupted()
-            os.read(woken, 1)  # another signal, of no interest
+            while ended not in select.select((ended, woken), (), ())[0]:
+                raise_if_interrupted()
+                os.read(woken, 1)  # another signal, of no interest
         raise_if_interrupted()
         return process.wait()
     finally:
+        os.close(ended)
+
+
+@contextmanager
+def waking() -> Iterator[int]:
+    """A descriptor that is readable once a signal has come, for who waits for others as well."""
+    woken, into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    try:
+        yield woken
+    finally:
         signal.set_wakeup_fd(before)
-        for fd in (ended, woken, waking):
-            os.close(fd)
+        os.close(woken)
+        os.close(into)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ class Vm:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self.events: list[dict[str, Any]] = []  #: that came before an answer
         self._answer()  # the greeting
         self.qmp("qmp_capabilities")
 
@@ -37,6 +38,7 @@ class Vm:
             assert "error" not in answer, answer
             if "return" in answer:
                 return answer["return"]
+            self.events.append(answer)
 
     def hmp(self, line: str) -> str:
         return self.qmp("human-monitor-command", **{"command-line": line})

@@ -26,6 +26,34 @@ def copies(world: World, rng: random.Random) -> None:
     out.unlink()
 
 
+def salvages(world: World, rng: random.Random) -> None:
+    """All of an image that is whole; of one that was cut off what its map does not leave out."""
+    state = rng.choice(world.states)
+    image = world.path.read_bytes()
+    cut, out, map_ = (world.directory / name for name in ("cut.qcow2", "copy", "map"))
+    for length in (len(image), *(rng.randrange(len(image) // 2, len(image)) for _ in range(3))):
+        cut.write_bytes(image[:length])
+        line = ["copy", "--salvage", map_, cut, state.name, out, *world.keys]
+        whole = length == len(image)
+        status, _ = world.command(*line, statuses=(0,) if whole else (0, 1))
+        if not out.exists():  # not even its tables are there
+            continue
+        ours, theirs = bytearray(out.read_bytes()), bytearray(state.content)
+        lost = [line.split() for line in map_.read_text().splitlines() if line.endswith("  -")]
+        if bool(lost) != bool(status):
+            raise Different(f"salvage of {state.name}: status {status}, {len(lost)} ranges lost")
+        for at, n, _ in lost:
+            start, end = int(at, 16), int(at, 16) + int(n, 16)
+            if any(ours[start:end]):
+                raise Different(f"salvage of {state.name}: data where it was lost, at {at}")
+            ours[start:end] = theirs[start:end]
+        same(f"salvage of {state.name}, cut at {length}", bytes(ours), bytes(theirs))
+        world.notes["images of which a part was salvaged"] += bool(lost)
+        out.unlink()
+        map_.unlink()
+    cut.unlink()
+
+
 def _pair(world: World, rng: random.Random) -> tuple[State, State]:
     if len(world.states) < 2:
         raise Unavailable("no snapshots")

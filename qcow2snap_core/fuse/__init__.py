@@ -1,0 +1,1 @@
+"""All snapshots of an image as one tree of directories, over FUSE."""

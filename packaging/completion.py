@@ -18,7 +18,7 @@ from qcow2snap_core.cli import whole_parser
 
 KINDS = {
     **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET", "MAP"), "files"),
-    **dict.fromkeys(("DIR", "OUTDIR"), "directories"),
+    **dict.fromkeys(("DIR", "OUTDIR", "REPOSITORY"), "directories"),
     **dict.fromkeys(("SNAPSHOT", "SNAPSHOT[:PARTITION]", "OLD", "NEW"), "snapshots"),
     "SNAPSHOT,...": "several",
     "COMMAND": "commands",
@@ -53,11 +53,13 @@ def options_of(parser):
 
 
 def arguments_of(parser):
-    for action in parser._actions:
-        if not action.option_strings:
-            for word in str(action.metavar).replace("[", "").replace("]", "").split():
-                if word.isupper():
-                    yield word, kind_of(action, word)
+    actions = [action for action in parser._actions if not action.option_strings]
+    for action in actions:
+        for word in str(action.metavar).replace("[", "").replace("]", "").split():
+            if word.isupper():
+                # Where a snapshot may be left out there may be the directory that comes behind it.
+                left_out = action.nargs == "?" and action is not actions[-1]
+                yield word, "either" if left_out else kind_of(action, word)
 
 
 def commands_of(parser):
@@ -128,9 +130,11 @@ _qcow2snap()
     case $kind in
         files) ;;
         directories) compopt -o dirnames +o default 2>/dev/null ;;
-        snapshots | several)
+        snapshots | several | either)
             compopt +o default 2>/dev/null
             _qcow2snap_snapshots "$kind"
+            # Where no snapshot begins so, a directory may.
+            [[ $kind == either ]] && compopt -o dirnames 2>/dev/null
             ;;
         *)
             [[ -n $kind ]] && compopt +o default 2>/dev/null
@@ -216,6 +220,7 @@ def zsh_spec(metavar, kind):
         "directories": "_files -/",
         "snapshots": "_qcow2snap_snapshots",
         "several": "_qcow2snap_several",
+        "either": "{_qcow2snap_snapshots; _files -/}",
         "commands": "{_describe command commands}",
     }.get(kind, f"({kind})")
     return f":{metavar.replace(':', '')}:{action}"
@@ -295,6 +300,7 @@ def fish_kind(kind):
         "directories": "-x -a '(__fish_complete_directories)'",
         "snapshots": "-x -a '(__qcow2snap_snapshots)'",
         "several": "-x -a '(__qcow2snap_snapshots)'",
+        "either": "-x -a '(__qcow2snap_snapshots) (__fish_complete_directories)'",
     }.get(kind, f"-x -a '{kind}'")
 
 

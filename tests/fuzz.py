@@ -63,7 +63,7 @@ from qcow2snap_core.memory.savedram import SavedRam
 from qcow2snap_core.memory.stream import Stream
 from qcow2snap_core.storage import libnbd
 from qcow2snap_core.storage.local import ExpectedBytes, File
-from qcow2snap_core.transfer import records
+from qcow2snap_core.transfer import manifest, records
 from qcow2snap_core.util.cache import BoundedCache
 
 
@@ -231,6 +231,19 @@ def copy_record(data: bytes) -> None:
         assert records.parse(records.text(found)) == found
 
 
+def directory_manifest(data: bytes) -> None:
+    """What is taken for a manifest says the same when it is written again, and leads nowhere."""
+    with suppress(ValueError):
+        found = manifest.parse(data)
+        for entry in found.entries:
+            assert str(entry).isprintable()
+            for stored in filter(None, (entry.disk, entry.vm_state)):
+                assert os.path.basename(stored.file) == stored.file
+                assert stored.file.isprintable()
+            assert len([*found.down_from(entry)]) <= len(found.entries)
+        assert manifest.parse(manifest.text(found)) == found
+
+
 def saved_memory(data: bytes) -> None:
     """Pages lie in their blocks, and blocks beside each other."""
 
@@ -273,6 +286,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "bitmaps": bitmap_directory,
     "uri": uri,
     "record": copy_record,
+    "manifest": directory_manifest,
     "memory": saved_memory,
     "cmos": cmos,
 }
@@ -302,6 +316,10 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
         who = records.Held("1", "weekly", 1_700_000_000, 5, 7, "ab" * 32)
         yield records.text(records.Record(who, size=1 << 26, mtime_ns=1_700_000_000_123_456_789))
         yield records.text(records.Record(who._replace(id="2"), who, between=True))
+        return
+    if target == "manifest":
+        for file in corpus_of(target):
+            yield file
         return
     if target == "memory":
         page = os.urandom(savedstate.PAGE)

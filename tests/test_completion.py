@@ -153,6 +153,8 @@ LINES: dict[str, list[str]] = {
     "help che": ["help", "check"],
     "list dis": ["list", "disk.qcow2"],
     "mount disk.qcow2 nightly oth": ["mount", "disk.qcow2", "nightly", "other/"],
+    "mount disk.qcow2 oth": ["mount", "disk.qcow2", "other/"],
+    "mount disk.qcow2 ni": ["mount", "disk.qcow2", "nightly"],
     "map --backing-format ra": ["map", "--backing-format", "raw"],
     "map disk.qcow2 ni": ["map", "disk.qcow2", "nightly"],
     "map --json a\\ disk.qcow2 ni": ["map", "--json", "a disk.qcow2", "nightly"],

@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
 MANUAL = {"qcow2snap": "qcow2snap(1)", "nbdkit-qcow2snap-plugin": "nbdkit-qcow2snap-plugin(1)"}
-# What stands at the side, under which heading.  A page that is missing here is an error of Sphinx's.
+# What stands at the side, under which heading.  Pages of docs/ that are not named are under the first.
 CONTENTS = {
-    "Using it": ["docs/recipes", "docs/files", "docs/remote", "docs/library", "examples/index"],
+    "Using it": ["docs/recipes", "docs/library", "examples/index"],
     "Manual pages": [f"man/{page}" for page in MANUAL],
     "How it works": ["docs/live", "docs/security", "docs/performance", "docs/validation"],
     "The project": [
@@ -41,6 +41,9 @@ def moved(text: str) -> str:
 
 
 def contents() -> str:
+    named = {page for pages in CONTENTS.values() for page in pages}
+    there = sorted(f"docs/{page.stem}" for page in ROOT.glob("docs/*.md"))
+    CONTENTS["Using it"] += [page for page in there if page not in named]
     blocks = []
     for heading, pages in CONTENTS.items():
         lines = "\n".join(pages)

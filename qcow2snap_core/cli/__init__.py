@@ -32,6 +32,9 @@ COMMANDS = (
     "prune",
     "copy",
     "compact",
+    "backup",
+    "restore",
+    "verify",
     "split",
     "join",
     "mount",
@@ -44,9 +47,12 @@ COMMANDS = (
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("prune", "copy", "compact", "split", "join", "mount", "serve", "extract", "memory")
+_DOING = (
+    *("prune", "copy", "compact", "backup", "restore", "split", "join", "mount", "serve"),
+    *("extract", "memory"),
+)
 
-#: The statuses of what was printed whole: done, and what ``check`` found.
+#: The statuses of what was printed whole: done, and what ``check`` and ``verify`` found.
 _WITH_OUTPUT = (0, 3)
 
 

@@ -1,15 +1,16 @@
 """Make one image of an external chain, with an internal snapshot for each of its files, named
 after the file without the ending. The active disk is TOP's, and OUT has no backing file.
 
-The chain is only read, and must not be in use. OUT is neither compressed nor encrypted; it
-appears when it is whole: when every snapshot has been read back and compared with its file."""
+In a chain that split has made the files are the snapshots that they were, with ID, date and VM
+state, and the active disk is none. The chain is only read, and must not be in use. OUT is not
+encrypted; it appears when it is whole: when every snapshot has been read back and compared."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import escaped
-from ..transfer.chains import JOIN_TARGETS, join
+from ..transfer.join import JOIN_TARGETS, join
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
 from .common import (

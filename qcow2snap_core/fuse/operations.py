@@ -7,7 +7,8 @@ thread: the other snapshots, and the other partitions, stay as fast as they were
 
 The kernel keeps what it was told.  Below a snapshot's directory that may be for ever, since a
 snapshot does not change; but when one is deleted, what is kept of it has to go.  So once a second
-those that somebody has looked into are confirmed.  Their names are asked for each time.
+those that somebody has looked into are confirmed.  Their names are asked for again after a moment:
+each path begins with one, and a listing has thousands of paths.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _T = TypeVar("_T")
 Say = Callable[[str], None]
 
 _LONG: Final = 3600.0  # seconds
+_MOMENT: Final = 0.2
 _WATCH: Final = 1.0
 _BLOCK: Final = 512
 _SECOND: Final = 10**9
@@ -238,7 +240,7 @@ def _reply(number: int, entry: Entry, attributes: Attributes) -> Any:
     found.st_mtime_ns = found.st_atime_ns = _time(attributes.mtime)
     found.st_ctime_ns = _time(attributes.ctime)
     lasting = not isinstance(entry, Root | SnapshotDirectory)
-    found.entry_timeout = found.attr_timeout = _LONG if lasting else 0.0
+    found.entry_timeout = found.attr_timeout = _LONG if lasting else _MOMENT
     return found
 
 

@@ -136,6 +136,23 @@ class Disk:
             if kind != UNALLOCATED:
                 yield Extent(guest - self.base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
+    def compressed(self, offset: int) -> bytes | None:
+        """The stream of the cluster at the offset, with what is behind it in its last sector; None
+        where it is not compressed in this layer.  To be confirmed, as tables are."""
+        _, kind, location = self._mapping.run(self.base + offset, self.cluster_size)
+        if kind != COMPRESSED:
+            return None
+        where, length = self._clusters.stream(location)
+        return self.tables.storage.read(length, where)
+
+    def spared(self, offset: int, length: int) -> int:
+        """How many bytes of a range are not stored in this layer since it is compressed."""
+        return sum(
+            max(0, n - self._clusters.stream(location)[1])
+            for _, n, kind, location in self._mapping.runs(self.base + offset, length)
+            if kind == COMPRESSED
+        )
+
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:

@@ -27,9 +27,11 @@ from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
 from ..storage.samefile import ensure_apart
 from ..util.wording import COMMAND, Wording
+from .manifest import NAME as MANIFEST
 
-#: How the names of the qcow2 files end that are made here.
+#: How the names of the files end that are made here: qcow2 files, and raw ones of VM states.
 ENDING: Final = ".qcow2"
+VM_STATE: Final = ".vmstate"
 
 _BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
 
@@ -90,7 +92,8 @@ def judge(
 ) -> Place:
     """What the name means as a target.
 
-    ``replace``: what is there may be replaced.  ``in_place``: a file that is there is written into.
+    ``replace``: what is there may be replaced.  ``in_place``: a file or directory that is there is
+    written into.
     ``words``: of whoever gave the name, for error lines.
     Raises UsageError, also when what is there is not of a kind that is accepted.
     """
@@ -119,7 +122,7 @@ def judge(
         path = name  # that of a pipe is no path
     elif not os.path.exists(path) or inode(os.stat(path)) != inode(status):
         raise UsageError(f"{shown(name)} is open, but has no name any more: give {wanted}")
-    if kind is Kind.DIRECTORY:
+    if kind is Kind.DIRECTORY and not in_place:
         replace = _check_directory(name, path, status, replace, words)
     elif not os.access(path, os.W_OK, effective_ids=True):
         raise UsageError(f"{shown(name)} may not be written: {_why_not(path)}")
@@ -177,7 +180,8 @@ def _check_directory(
     except OSError as e:
         raise UsageError(f"cannot look into {shown(name)}: {reason(e)}") from e
     for entry in found:
-        ours = entry.name.endswith(ENDING) and entry.is_file(follow_symlinks=False)
+        ours = entry.name.endswith((ENDING, VM_STATE)) or entry.name == MANIFEST
+        ours = ours and entry.is_file(follow_symlinks=False)
         if replace and not ours:
             raise UsageError(
                 f"{shown(name)} is not replaced, since {shown(entry.name)} in it is no overlay: "

@@ -82,7 +82,25 @@ def output(
         raise
     finally:
         os.close(held)
-    _sync(directory)
+    sync(directory)
+
+
+@contextmanager
+def alone_in(directory: str) -> Iterator[None]:
+    """Nobody else does the same in that directory until the block ends; what killed ones have left
+    there is removed.  Raises UsageError when somebody does."""
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        try:
+            _lock(fd, fcntl.F_WRLCK, unless_impossible=True)
+        except BlockingIOError:
+            raise UsageError(
+                f"{shown(directory)} is being written by another command: wait for its end"
+            ) from None
+        clear(directory)
+        yield
+    finally:
+        os.close(fd)
 
 
 def permissions(files: Iterable[Storage]) -> int:
@@ -165,11 +183,12 @@ def _settle(path: str) -> None:
     """Bring it to the disk, so that after a crash the name does not lead to less."""
     if os.path.isdir(path):
         for entry in os.scandir(path):
-            _sync(entry.path)
-    _sync(path)
+            sync(entry.path)
+    sync(path)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Bring a file or directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -16,6 +16,10 @@ from support.filesystems import digests, make_filesystem, make_tree, mounted, ne
 from support.qemu import MiB
 from support.server import ROOT
 
+from qcow2snap_core.files.volumes import How
+from qcow2snap_core.fuse.tree import Root
+from qcow2snap_core.image.opener import open_image
+
 READ = [
     ("ext4", "tsk"),
     ("ext2", "dissect"),
@@ -219,6 +223,13 @@ def test_lvm(tmp_path: Path, tree: Path) -> None:
     assert cat(image, "one:guest/root", "big") == (tree / "big").read_bytes()
     assert "one:guest/swap, one:guest/root" in fails("ls", image, "one:2")
     assert "2 holds LVM volumes" in fails("ls", image, "one")
+    with open_image(str(image)) as opened:  # and what mount shows
+        one = Root(opened, How()).child(b"one")
+        assert {name for name, _ in one.children()} == {b"disk", b"p1.error", b"lvm"}
+        group = one.child(b"lvm").child(b"guest")
+        assert {name for name, _ in group.children()} == {b"root", b"swap.error"}
+        big = group.child(b"root").child(b"big")
+        assert big.open().pread(0, 4 * MiB) == (tree / "big").read_bytes()
 
 
 def test_links_are_followed_inside_of_the_guest(tmp_path: Path, tree: Path) -> None:

@@ -38,6 +38,7 @@ COMPARISONS: dict[str, tuple[Comparison, float]] = {
     "block device": (serving.devices, 0.1),
     "compact": (writing.compacts, 0.4),
     "copy --salvage": (writing.salvages, 0.3),
+    "backup": (writing.backs_up, 0.3),
 }
 
 

@@ -11,7 +11,7 @@ SOURCES := plugin qcow2snap_core examples tests benchmarks
 
 .PHONY: help demo test test-live compare-live check bench lint format deps deps-all deps-test
 .PHONY: simulation soak coverage
-.PHONY: mutants differential fuzz native install uninstall deb rpm clean
+.PHONY: mutants differential fuzz native install uninstall deb rpm reproducible site clean
 
 help:
 	@echo "make demo            serve a small image's snapshots and read them with NBD clients"
@@ -47,6 +47,8 @@ help:
 	@echo "make uninstall       remove what it installed"
 	@echo "make deb             a Debian package in build/; installs what builds it (debhelper)"
 	@echo "make rpm             an RPM package in build/; installs what builds it (rpmbuild)"
+	@echo "make reproducible    the Debian package built twice, in different surroundings, and compared"
+	@echo "make site            all documents as a static site in build/site/; installs what builds it (Sphinx)"
 	@echo "make clean           remove what these targets made, but no system package"
 
 deps:
@@ -195,6 +197,14 @@ uninstall:
 deb rpm:
 	@packaging/install-deps $@
 	@packaging/build $@
+
+reproducible:
+	@packaging/install-deps deb
+	@packaging/reproducible
+
+site:
+	@packaging/install-deps site
+	@$(PYTHON) packaging/site/build.py
 
 clean:
 	rm -rf $(VENV) build qcow2snap_core/_native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

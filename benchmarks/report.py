@@ -40,22 +40,27 @@ def settled(rounds: list[Round], row: Row, engines: list[str]) -> bool:
     return all(ratio(rounds, e, o) is not None for e in engines for o in others)
 
 
+def reaches(rounds: list[Round], one: str, other: str, goal: float) -> bool | None:
+    """Whether the ratio is at least the goal; None where the rounds do not agree on that.  They may
+    on that though they do not on a ratio."""
+    found = ratio(rounds, one, other)
+    if found is not None:
+        return found >= goal
+    low, high = spread(rounds, one, other)
+    return None if low < goal <= high else low >= goal
+
+
 def judge(rounds: list[Round], row: Row, engine: str) -> str:
     """Whether the goals of a row are reached: ``yes``, what is not, or ``?``."""
     beside = row.others[0]
-    found = ratio(rounds, engine, beside)
-    missed = []
-    if found is not None and found < row.goal:
-        missed.append("rate")
-    to_file = ratio(rounds, engine, "file") if row.to_file is not None else None
-    if to_file is not None and row.to_file is not None and to_file < row.to_file:
-        missed.append("file")
-    if cpu(rounds, engine) > cpu(rounds, beside):
-        missed.append("CPU")
+    goals = {"rate": reaches(rounds, engine, beside, row.goal)}
+    if row.to_file is not None:
+        goals["file"] = reaches(rounds, engine, "file", row.to_file)
+    goals["CPU"] = cpu(rounds, engine) <= cpu(rounds, beside)
+    missed = [name for name, reached in goals.items() if reached is False]
     if missed:
         return "no: " + ", ".join(missed)
-    unknown = found is None or (row.to_file is not None and to_file is None)
-    return "?" if unknown else "yes"
+    return "?" if None in goals.values() else "yes"
 
 
 def rate(rounds: list[Round], who: str) -> float:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qcow2snap_core.cli import _parser
+from qcow2snap_core.cli import whole_parser
 
 KINDS = {
-    **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET"), "files"),
-    **dict.fromkeys(("DIR", "OUTDIR"), "directories"),
+    **dict.fromkeys(("FILE", "TOP", "OUT", "TARGET", "PATH", "SOCKET", "MAP"), "files"),
+    **dict.fromkeys(("DIR", "OUTDIR", "REPOSITORY"), "directories"),
     **dict.fromkeys(("SNAPSHOT", "SNAPSHOT[:PARTITION]", "OLD", "NEW"), "snapshots"),
     "SNAPSHOT,...": "several",
     "COMMAND": "commands",
@@ -336,5 +336,5 @@ SHELLS = {"bash": bash, "zsh": zsh, "fish": fish}
 if __name__ == "__main__":
     if sys.argv[1:] not in [[shell] for shell in SHELLS]:
         sys.exit("usage: packaging/completion.py bash|zsh|fish")
-    whole = _parser()
+    whole = whole_parser()
     print(SHELLS[sys.argv[1]](whole, list(commands_of(whole))), end="")

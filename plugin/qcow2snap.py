@@ -61,6 +61,25 @@ def _reported(callback):
     return called
 
 
+def _answered(callback):
+    """The same for a client's first requests.  nbdkit sends a client that it refuses the last line
+    of the log (since 1.42, and in distributions' older ones): what the client got wrong is told,
+    but no path of this host."""
+
+    def called(*arguments):
+        try:
+            return callback(*arguments)
+        except Exception as e:
+            _report()
+            if not isinstance(e, UsageError | MemoryError):
+                from qcow2snap_core.serve.reports import kept_from_client
+
+                raise kept_from_client(e) from None
+            raise
+
+    return called
+
+
 def _report():
     # Imported here: what it needs takes a quarter of the whole start.
     try:
@@ -134,13 +153,13 @@ def _snapshots():
     return (snapshot,)
 
 
-@_reported
+@_answered
 def list_exports(readonly, is_tls):
     with _one_at_a_time:
         return [(e.name, e.description) for e in exports_of(_snapshots())[:MOST_EXPORTS]]
 
 
-@_reported
+@_answered
 def default_export(readonly, is_tls):
     with _one_at_a_time:
         return default(exports_of(_snapshots())) or ""
@@ -158,12 +177,14 @@ class Connection:
         self.kept = None if PARALLEL else KeptThreadState()
 
 
-@_reported
+@_answered
 def open(readonly):  # noqa: A001 (nbdkit's name)
     try:
         name = nbdkit.export_name()
     except UnicodeDecodeError:
         raise UsageError("a client asked for an export name that is not UTF-8") from None
+    except RuntimeError:
+        name = ""  # a filter opens it before there is a client: ext2 does since 1.44
     with _one_at_a_time:
         snapshots = _snapshots()
         export = find(exports_of(snapshots), snapshots, name)

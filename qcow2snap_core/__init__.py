@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .library.conversion import Copied, compact, copy, join, split
     from .library.disk import Disk, Extent
     from .library.image import Image, open  # noqa: A004 (the name that users expect: gzip.open)
+    from .library.repositories import backup, restore, verify
     from .library.snapshot import Snapshot
 
 __version__ = "0.9.0"
@@ -49,6 +50,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "backup",
     "changes",
     "check",
     "compact",
@@ -56,7 +58,9 @@ __all__ = [
     "exclusive_sizes",
     "join",
     "open",
+    "restore",
     "split",
+    "verify",
 ]
 
 _HOMES = {
@@ -65,6 +69,7 @@ _HOMES = {
     "library.conversion": ("Copied", "compact", "copy", "join", "split"),
     "library.disk": ("Disk", "Extent"),
     "library.image": ("Image", "open"),
+    "library.repositories": ("backup", "restore", "verify"),
     "library.snapshot": ("Snapshot",),
 }
 

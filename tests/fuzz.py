@@ -23,7 +23,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -43,9 +43,12 @@ if __name__ == "__main__" and sys.argv[1:2] not in ([], ["--keep"]):
         import qcow2snap_core.format.bitmaps
         import qcow2snap_core.image.disk
         import qcow2snap_core.image.image
-        import qcow2snap_core.image.subclusters  # noqa: F401
+        import qcow2snap_core.image.subclusters
+        import qcow2snap_core.memory.cmos
+        import qcow2snap_core.memory.savedram  # noqa: F401
 
-from support import catalogue, damage, qemu
+from support import catalogue, damage, qemu, savedstate
+from support.vm import machine
 
 from qcow2snap_core._native.loaded import ENGINE
 from qcow2snap_core.decode import codecs, luks
@@ -54,9 +57,13 @@ from qcow2snap_core.format import bitmaps, snapshot_table
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
 from qcow2snap_core.image import clusters, disk, guard, layers, mapping, subclusters, tablereader
+from qcow2snap_core.memory.cmos import find_end, read_cmos
+from qcow2snap_core.memory.places import Wish, layout
+from qcow2snap_core.memory.savedram import SavedRam
+from qcow2snap_core.memory.stream import Stream
 from qcow2snap_core.storage import libnbd
 from qcow2snap_core.storage.local import ExpectedBytes, File
-from qcow2snap_core.transfer import records
+from qcow2snap_core.transfer import manifest, records
 from qcow2snap_core.util.cache import BoundedCache
 
 
@@ -224,6 +231,48 @@ def copy_record(data: bytes) -> None:
         assert records.parse(records.text(found)) == found
 
 
+def directory_manifest(data: bytes) -> None:
+    """What is taken for a manifest says the same when it is written again, and leads nowhere."""
+    with suppress(ValueError):
+        found = manifest.parse(data)
+        for entry in found.entries:
+            assert str(entry).isprintable()
+            for stored in filter(None, (entry.disk, entry.vm_state)):
+                assert os.path.basename(stored.file) == stored.file
+                assert stored.file.isprintable()
+            assert len([*found.down_from(entry)]) <= len(found.entries)
+        assert manifest.parse(manifest.text(found)) == found
+
+
+def saved_memory(data: bytes) -> None:
+    """Pages lie in their blocks, and blocks beside each other."""
+
+    def pieces(start: int, end: int) -> Generator[bytes, None, None]:
+        for at in range(start, end, 5000):
+            yield data[at : min(end, at + 5000)]
+
+    with suppress(Error):
+        saved = SavedRam(Stream("fuzzed", len(data), len(data), pieces))
+        for run in islice(saved.runs(), 10_000):
+            assert 0 <= run.offset < run.offset + run.length <= saved.blocks[run.block].size
+            assert run.data is None or len(run.data) == run.length
+        end = 0
+        for place in layout(saved.machine, saved.blocks, Wish()).placed:
+            assert place.address >= end
+            assert 0 <= place.offset < place.offset + place.length <= saved.blocks[place.block].size
+            end = place.address + place.length
+
+
+def cmos(data: bytes) -> None:
+    def read(length: int, offset: int) -> bytes:
+        assert 0 <= offset <= offset + length <= len(data)
+        return data[offset : offset + length]
+
+    read_cmos(read, len(data))
+    end = find_end(read, 0, len(data))
+    assert end is None or 0 < end <= len(data)
+
+
 # A header that is good: version 3, clusters of 64 KiB.
 EMPTY = struct.pack(">4sIQII", b"QFI\xfb", 3, 0, 0, 16).ljust(100, b"\0") + struct.pack(">I", 104)
 
@@ -237,6 +286,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "bitmaps": bitmap_directory,
     "uri": uri,
     "record": copy_record,
+    "manifest": directory_manifest,
+    "memory": saved_memory,
+    "cmos": cmos,
 }
 
 
@@ -264,6 +316,30 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
         who = records.Held("1", "weekly", 1_700_000_000, 5, 7, "ab" * 32)
         yield records.text(records.Record(who, size=1 << 26, mtime_ns=1_700_000_000_123_456_789))
         yield records.text(records.Record(who._replace(id="2"), who, between=True))
+        return
+    if target == "manifest":
+        for file in corpus_of(target):
+            yield file
+        return
+    if target == "memory":
+        page = os.urandom(savedstate.PAGE)
+        pages = savedstate.page(0, page, block="pc.ram") + savedstate.zeros([savedstate.PAGE])
+        packed = zlib.compress(page)
+        pages += savedstate.page(
+            0, len(packed).to_bytes(4, "big") + packed, savedstate.COMPRESSED, "ram-node0"
+        )
+        blocks = [("pc.ram", 2 * savedstate.PAGE), ("ram-node0", savedstate.PAGE)]
+        yield savedstate.state(blocks, [pages, b""], more=savedstate.MAPPED_RAM.replace(b"m", b"n"))
+        header = savedstate.mapped_header(128, 136)
+        yield savedstate.head("pc-q35-11.0", savedstate.MAPPED_RAM) + header + page
+        return
+    if target == "cmos":
+        path = qemu.create(directory / "cmos.qcow2", 1 << 20)
+        with machine(path, "-vga", "none") as vm:
+            vm.migrate(f"exec:cat >{directory / 'sent'}")
+        state = (directory / "sent").read_bytes()
+        yield state[state.index(b"mc146818rtc") - 6 :][-65536:]
+        yield state[-65536:]
         return
     if target == "bitmaps":
         path = qemu.create(directory / "bitmaps.qcow2", 1 << 20)

@@ -57,7 +57,13 @@ def test_each_goal_that_is_missed_is_named(rates, cpu: float, said: str) -> None
 
 
 def test_what_cannot_be_told_is_not_said_to_be_reached() -> None:
-    assert report.judge(rounds((150, 100, 150), (250, 100, 150)), ROW, "plugin") == "?"
+    assert report.judge(rounds((140, 100, 150), (250, 100, 150)), ROW, "plugin") == "?"
+    assert report.judge(rounds((150, 100, 150), (250, 100, 400)), ROW, "plugin") == "?"
+
+
+def test_rounds_may_agree_on_a_goal_and_not_on_a_ratio() -> None:
+    assert report.judge(rounds((150, 100, 150), (250, 100, 150)), ROW, "plugin") == "yes"
+    assert report.judge(rounds((80, 100, 80), (149, 100, 80)), ROW, "plugin") == "no: rate"
 
 
 def test_every_row_has_a_name_of_its_own_that_a_command_line_can_have() -> None:

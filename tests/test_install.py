@@ -18,6 +18,7 @@ from support.server import ROOT
 import qcow2snap_core
 
 PLUGIN = "nbdkit-qcow2snap-plugin"
+UNIT = "lib/systemd/system/nbdkit-qcow2snap@"
 ZSH = "vendor-completions" if Path("/etc/debian_version").exists() else "site-functions"
 
 
@@ -69,6 +70,8 @@ def test_every_part_is_in_its_place(installed: Path) -> None:
         "usr/share/bash-completion/completions/qcow2snap",
         f"usr/share/zsh/{ZSH}/_qcow2snap",
         "usr/share/fish/vendor_completions.d/qcow2snap.fish",
+        f"usr/{UNIT}.socket",
+        f"usr/{UNIT}.service",
         f"usr/share/man/man1/{PLUGIN}.1",
         "usr/share/man/man1/qcow2snap.1",
     }
@@ -192,9 +195,10 @@ def test_who_may_not_write_there_is_told_what_to_do(tmp_path: Path) -> None:
 def test_it_says_what_it_put_where(tmp_path: Path) -> None:
     said = make("install", DESTDIR=tmp_path, PREFIX="/usr")
     places = [line.split()[-1] for line in said.splitlines()]
-    assert len(places) == 7  # a completion for each of three shells
+    assert len(places) == 8  # a completion for each of three shells
     found = {f for f in files(tmp_path) if any(f"{tmp_path}/{f}".startswith(p) for p in places)}
-    assert files(tmp_path) - found == {f"{nbdkit_config('plugindir')[1:]}/{PLUGIN}.py"}
+    beside = {f"{nbdkit_config('plugindir')[1:]}/{PLUGIN}.py", f"usr/{UNIT}.service"}
+    assert files(tmp_path) - found == beside
 
 
 def test_the_installed_package_is_the_one_that_is_used(installed: Path, image: Path) -> None:

@@ -91,12 +91,13 @@ EXAMPLES = {name: text for name, text in docstrings() if ">>>" in text}
 
 
 def test_what_reads_and_writes_has_an_example() -> None:
-    functions = {"changes", "check", "copy", "exclusive_sizes", "join", "open", "split"}
+    functions = {"backup", "changes", "check", "copy", "exclusive_sizes", "join", "open", "split"}
     assert set(EXAMPLES) >= functions | {"qcow2snap_core"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_docstring(directory: Path, name: str) -> None:
-    if name == "join":  # its example goes on from that of split
-        assert run_examples(EXAMPLES["split"], "split")
+    before = {"join": "split", "restore": "backup", "verify": "backup"}.get(name)
+    if before:  # its example goes on from that one's
+        assert run_examples(EXAMPLES[before], before)
     assert run_examples(EXAMPLES[name], name)

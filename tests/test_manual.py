@@ -38,7 +38,8 @@ def options(text: str) -> set[str]:
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    [commands] = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    actions = cli.whole_parser()._actions
+    [commands] = [a for a in actions if isinstance(a, argparse._SubParsersAction)]
     return dict(commands.choices)
 
 
@@ -46,7 +47,7 @@ DESCRIBED = sections(sections(COMMAND_PAGE)["COMMANDS"], 2)
 
 
 def test_every_key_of_the_plugin_is_described_and_no_other() -> None:
-    there = {*settings.KEYS, *settings._ALIASES}
+    there = {*settings.KEYS, *settings.ALIASES}
     assert keys(sections(PLUGIN_PAGE)["PARAMETERS"]) == there
 
 
@@ -87,7 +88,7 @@ def test_every_argument_of_a_command_is_described_and_no_other(name: str) -> Non
 
 
 def test_the_options_of_the_command_itself_are_described_and_no_other() -> None:
-    there = {o for a in cli._parser()._actions for o in a.option_strings}
+    there = {o for a in cli.whole_parser()._actions for o in a.option_strings}
     assert options(sections(COMMAND_PAGE)["OPTIONS"]) == there
 
 

@@ -56,9 +56,14 @@ SURFACE = {
     "StorageError": {"(base)": "Error"},
     "UsageError": {"(base)": "Error"},
     "__version__": {"(a str)": ""},
+    "backup": {
+        "()": f"(image: Image, repository: {PATH}, *, compress: str | None = None, "
+        f"verify: bool = True, {WARN}) -> list[str]"
+    },
     "changes": {"()": "(old: Disk, new: Disk) -> Iterator[Extent]"},
     "check": {
-        "()": f"(image: Image, snapshot: Snapshot | str | None = None, *, {WARN}) -> list[Finding]"
+        "()": "(image: Image, snapshot: Snapshot | str | None = None, *, data: bool = False, "
+        f"{WARN}) -> list[Finding]"
     },
     "compact": {
         "()": f"(image: Image, target: {PATH}, *, compress: str | None = None, "
@@ -78,12 +83,18 @@ SURFACE = {
         "()": f"(path: {PATH}, *, allow_dirs: {PATHS} = (), allow_files: {PATHS} = (), "
         "backing_format: str | None = None, "
         "passphrase: str | bytes | Mapping[int, str | bytes] | None = None, "
-        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864) -> Image"
+        "l2_cache_size: int = 33554432, cluster_cache_size: int = 67108864, "
+        "remote_timeout: float = 30.0) -> Image"
+    },
+    "restore": {
+        "()": f"(repository: {PATH}, target: {PATH}, *, snapshot: str | None = None, "
+        f"replace: bool = False, verify: bool = True, {WARN}) -> list[str]"
     },
     "split": {
         "()": f"(image: Image, directory: {PATH}, *, replace: bool = False, verify: bool = True, "
         f"{WARN}) -> list[str]"
     },
+    "verify": {"()": f"(repository: {PATH}) -> list[str]"},
 }
 
 

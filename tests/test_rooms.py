@@ -14,7 +14,7 @@ FLOORS = [
     {"cli", "library"},
     {"fuse"},
     {"transfer", "host", "serve", "files"},
-    {"tables"},
+    {"tables", "memory"},
     {"image"},
     {"decode"},
     {"format"},

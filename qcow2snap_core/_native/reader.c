@@ -30,7 +30,7 @@ typedef struct {
     layer layers[]; /* and an empty one */
 } reader;
 
-/* Kept for ever: nbdkit's process has one interpreter. */
+/* Kept for ever, and for one interpreter: see slots. */
 static PyTypeObject *reader_type;
 static PyObject *reader_name;
 
@@ -206,15 +206,29 @@ static PyMethodDef functions[] = {
     { NULL },
 };
 
+static int complete(PyObject *module) {
+    bool there = (reader_name || (reader_name = PyUnicode_InternFromString("reader")))
+        && (reader_type || (reader_type = (PyTypeObject *)PyType_FromSpec(&reader_spec)));
+    return !there || PyModule_AddType(module, reader_type)
+            || PyModule_AddIntConstant(module, "KEEPS_THREADS", __cxa_thread_atexit_impl != NULL)
+        ? -1
+        : 0;
+}
+
+/* What Python may do with it: no second interpreter, since the type and PyGILState are the first
+ * one's; and no threads without the lock, which is what keeps Python's caches still while a plan is
+ * made.  Pythons refuse a slot that they do not know, so each is added where it is known; the numbers
+ * are those of Py_mod_multiple_interpreters and Py_mod_gil, which headers of 3.11 lack. */
+enum { MULTIPLE_INTERPRETERS = 3, GIL = 4 };
+static PyModuleDef_Slot slots[4] = { { Py_mod_exec, complete } };
+
 static PyModuleDef definition = { PyModuleDef_HEAD_INIT, "qcow2snap_core._native.engine",
-    "The common case of a request.", .m_size = -1, .m_methods = functions };
+    "The common case of a request.", .m_methods = functions, .m_slots = slots };
 
 PyMODINIT_FUNC PyInit_engine(void) {
-    PyObject *module = PyModule_Create(&definition);
-    if (!module || !(reader_name = PyUnicode_InternFromString("reader"))
-        || !(reader_type = (PyTypeObject *)PyType_FromSpec(&reader_spec))
-        || PyModule_AddType(module, reader_type)
-        || PyModule_AddIntConstant(module, "KEEPS_THREADS", __cxa_thread_atexit_impl != NULL))
-        return NULL;
-    return module;
+    if (Py_Version >= 0x030c0000)
+        slots[1] = (PyModuleDef_Slot) { MULTIPLE_INTERPRETERS, NULL }; /* NOT_SUPPORTED */
+    if (Py_Version >= 0x030d0000)
+        slots[2] = (PyModuleDef_Slot) { GIL, NULL }; /* USED */
+    return PyModuleDef_Init(&definition);
 }

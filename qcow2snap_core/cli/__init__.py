@@ -21,7 +21,7 @@ from .._native.loaded import ENGINE
 from ..errors import Error, reason
 from ..util.interrupts import Interrupted, ending
 from .parser import Parser
-from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, take
+from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, settle_errors, take
 
 COMMANDS = (
     "list",
@@ -29,8 +29,12 @@ COMMANDS = (
     "diff",
     "check",
     "take",
+    "prune",
     "copy",
     "compact",
+    "backup",
+    "restore",
+    "verify",
     "split",
     "join",
     "mount",
@@ -38,13 +42,17 @@ COMMANDS = (
     "ls",
     "cat",
     "extract",
+    "memory",
     "help",
 )
 
 #: Those that do something; what the others print is what they are called for.
-_DOING = ("copy", "compact", "split", "join", "mount", "serve", "extract")
+_DOING = (
+    *("prune", "copy", "compact", "backup", "restore", "split", "join", "mount", "serve"),
+    *("extract", "memory"),
+)
 
-#: The statuses of what was printed whole: done, and what ``check`` found.
+#: The statuses of what was printed whole: done, and what ``check`` and ``verify`` found.
 _WITH_OUTPUT = (0, 3)
 
 
@@ -52,7 +60,10 @@ def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
     take(reports_only=_only_reports(sys.argv[1:]))
     with ending():
-        status = main()
+        try:
+            status = main()
+        finally:
+            settle_errors()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -67,7 +78,7 @@ def _only_reports(argv: Sequence[str]) -> bool:
         word in OUTPUT_NAMES and not before.startswith("--passphrase")
         for before, word in pairwise(argv)
     )
-    return argv[0] in _DOING and not written and not {"-h", "--help"} & set(argv)
+    return argv[0] in _DOING and not written and not {"-h", "--help", "--dry-run"} & set(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        args = _parser(_needed(argv)).parse_args(argv)
+        args = whole_parser(_needed(argv)).parse_args(argv)
         status: int = args.run(args)
         return status
     except SystemExit as e:  # of argparse: help, version, or a usage error that it has printed
@@ -120,7 +131,7 @@ def _needed(argv: Sequence[str]) -> Sequence[str]:
     return argv[:1] if argv and argv[0] in COMMANDS and argv[0] != "help" else COMMANDS
 
 
-def _parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def whole_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
         description="List, compare, check and convert the internal snapshots of qcow2 images.",

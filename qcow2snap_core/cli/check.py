@@ -1,7 +1,8 @@
 """Read all metadata and report what is out of bounds, overlapping or not counted, of everything or
-of what concerns one snapshot.  Nothing is changed, and nobody should be writing to the image.  The
-status is 0 if nothing is damaged, though clusters may be leaked, 3 if something is damaged, 1 if it
-could not be checked."""
+of what concerns one snapshot.  Nothing is changed, and nobody should be writing to the image.  With
+--data every cluster is read as well, and decoded, once however many snapshots have it.  The status
+is 0 if nothing is damaged, though clusters may be leaked, 3 if something is damaged, 1 if it could
+not be checked."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Final
 
 from ..errors import escaped, shown
 from ..format.choosing import Choice, choose
+from ..image.image import Image
+from ..storage.locks import is_written
 from ..tables.check import check
 from ..tables.findings import MOST, Finding
 from .common import add_image_options, open_from, print_json
@@ -26,16 +29,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name; without, everything"
     )
+    parser.add_argument("--data", action="store_true", help="read and decode every cluster, too")
     parser.add_argument("--json", action="store_true", help="one JSON array")
     add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_from(args, data=False, layers=False) as image:
+    with _opened(args) as image:
         chosen = None
         if args.snapshot is not None:
             chosen = choose(image.table(), Choice(args.snapshot), image.path)
-        findings = check(image, chosen)
+        in_use = is_written(image.storage)
+        findings = check(image, chosen, data=args.data)
+        if in_use or is_written(image.storage):
+            say(
+                f"{shown(image.path)} is in use, a QEMU has it open for writing: what it was just "
+                f"changing may look damaged, check it again when it is not"
+            )
         if image.header.dirty:
             say(
                 f"{shown(image.path)} is marked dirty, its refcounts are not up to date and were "
@@ -54,6 +64,15 @@ def run(args: argparse.Namespace) -> int:
         whose = f" that concerns {shown(chosen.name or chosen.id)}" if chosen else ""
         print(f"no damage found{whose}")
     return 0
+
+
+def _opened(args: argparse.Namespace) -> Image:
+    """Of the files that the image names only the one with its data is needed, and that for it."""
+    if not args.data:
+        return open_from(args, data=False, layers=False)
+    with open_from(args, data=False, layers=False) as image:
+        has_data_file = image.header.has_data_file
+    return open_from(args, layers=has_data_file)
 
 
 _MOST_IDS: Final = 50  # in a line

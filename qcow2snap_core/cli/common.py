@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
+from ..format.choosing import Choice, choose
+from ..format.snapshots import Snapshot
 from ..host.domains import image_of
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
+from ..image.mapping import SLICE_BYTES
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
+from ..util.units import parse_seconds
 from ..util.wording import COMMAND, passphrase_key
 
 #: nbdinfo's words for the types of extents
@@ -56,6 +62,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET|+FILE|-|-FD",
         help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
     )
+    group.add_argument(
+        "--remote-timeout",
+        metavar="SECONDS",
+        help="give up when an NBD server is silent for so long; default: 30",
+    )
 
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +84,14 @@ def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help=what)
 
 
-def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = True) -> Image:
-    """Open ``args.file``, or what it stands for, as the options say; ``data`` and ``layers`` as in
+def open_from(
+    args: argparse.Namespace,
+    *,
+    data: bool = True,
+    layers: bool = True,
+    slice_bytes: int = SLICE_BYTES,
+) -> Image:
+    """Open ``args.file``, or what it stands for, as the options say; the keywords as in
     :class:`.Options`.
 
     Raises as :func:`.open_image` and :func:`.image_of`.
@@ -84,6 +101,7 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
             passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
+    timeout = args.remote_timeout
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -91,9 +109,19 @@ def open_from(args: argparse.Namespace, *, data: bool = True, layers: bool = Tru
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
+        remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
         words=COMMAND,
+        slice_bytes=slice_bytes,
     )
     return open_image(image_of(args.file, args.disk), options)
+
+
+def ensure_not_source(target: str, file: str) -> None:
+    """Raises UsageError when a target is the image itself: to say that it is there already, and how
+    to replace it, would be bad advice."""
+    with suppress(OSError, ValueError):
+        if os.path.samefile(target, file):
+            raise UsageError(f"{shown(target)} is the image that is read: give another target")
 
 
 def disk_named(image: Image, name: str) -> Disk:
@@ -106,6 +134,15 @@ def disk_named(image: Image, name: str) -> Disk:
         if name == ACTIVE:
             return image.active_disk(LockGuard(image.files))
         raise
+
+
+def saved_named(image: Image, name: str) -> Snapshot:
+    """The snapshot with that ID or name, of a machine with its state.  Raises UsageError when it
+    has none, and as :meth:`.Image.snapshot`."""
+    snapshot = choose(image.table(), Choice(name), image.path)
+    if not snapshot.vm_state_size:
+        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    return snapshot
 
 
 def print_json(objects: Iterable[dict[str, Any]]) -> None:

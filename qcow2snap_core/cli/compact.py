@@ -13,7 +13,13 @@ from ..transfer.compact import COMPACT_TARGETS, compact
 from ..transfer.compressors import COMPRESSIONS
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    ensure_not_source,
+    open_from,
+)
 from .streams import warn
 
 HELP = "copy an image with all its snapshots, and nothing else"
@@ -34,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    ensure_not_source(args.out, args.file)
     place = judge(args.out, COMPACT_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         compact(image, place, warn, args.compress, args.verify)

@@ -11,14 +11,17 @@ not be written, and --trust-base goes without. A file is duplicated first, which
 and XFS and otherwise needs the time and the space; --in-place goes without.
 
 Devices and NBD exports are always written in place, then read back and compared. When a copy in
-place is interrupted TARGET is a mixture: repeat the same command to complete it."""
+place is interrupted TARGET is a mixture: repeat the same command to complete it.
+
+With --salvage a damaged snapshot goes to a new raw file all the same. What cannot be read is zeros
+there and has a line in MAP, in the format of GNU ddrescue; the status is then 1."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import UsageError, shown
-from ..format.choosing import Choice, choose
+from ..format.ondisk import SECTOR
 from ..image.disk import Disk
 from ..image.image import Image
 from ..serve.exports import VM_STATE
@@ -27,10 +30,21 @@ from ..transfer.compressors import COMPRESSIONS
 from ..transfer.copy import copy
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
+from ..transfer.salvage import Salvage
+from ..transfer.salvaged import SalvagedFile
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, disk_named, open_from
-from .streams import OUTPUT_NAMES, warn
+from ..util.units import binary, counted
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    disk_named,
+    ensure_not_source,
+    open_from,
+    saved_named,
+)
+from .streams import OUTPUT_NAMES, say, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -64,6 +78,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         const=Base.TRUSTED,
         help="do not ask TARGET whether it holds OLD: devices and NBD exports do not know",
     )
+    parser.add_argument(
+        "--salvage", metavar="MAP", help="go past what cannot be read, and map it in this new file"
+    )
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
     parser.add_argument("target", metavar="TARGET", help="a path, an NBD URI, or -")
     add_no_verify(parser)
@@ -75,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     target = STANDARD_OUTPUT if args.target in OUTPUT_NAMES else args.target
     # Before a passphrase is asked for.
+    ensure_not_source(target, args.file)
+    if args.salvage is not None:
+        return _salvage(args)
     if args.since is None:
         to = new_copy(target, form=args.format, compress=args.compress, replace=args.force)
     else:
@@ -95,6 +115,8 @@ def _check_usage(args: argparse.Namespace) -> None:
         args.usage_error("--in-place, --verify-base and --trust-base go with --since")
     if args.since is not None and args.force:
         args.usage_error("--since takes a file that is there: leave out --force")
+    if args.salvage is not None and args.since is not None:
+        args.usage_error("--salvage makes a whole copy: leave out --since")
     qcow2 = (args.format or form_of(args.target)) == "qcow2"
     if args.compress and not qcow2:
         args.usage_error("--compress goes with --format qcow2")
@@ -102,6 +124,25 @@ def _check_usage(args: argparse.Namespace) -> None:
         args.usage_error(
             "--since updates raw files: add --format raw if that is one, or have qemu-nbd serve it"
         )
+    if args.salvage is not None and (qcow2 or args.target in OUTPUT_NAMES):
+        args.usage_error("--salvage makes a raw file: add --format raw, or give another TARGET")
+
+
+def _salvage(args: argparse.Namespace) -> int:
+    to = SalvagedFile(args.target, args.salvage, replace=args.force)
+    with open_from(args, slice_bytes=SECTOR) as image, deferred():
+        new, vm_state = _disk(image, args.new)
+        salvage = Salvage(new)
+        done = copy(image, new, to, warn, vm_state=vm_state, salvage=salvage)
+    print(f"{args.target}: {done}", flush=True)
+    losses = salvage.losses()
+    if losses:
+        lost = binary(sum(loss.length for loss in losses))
+        say(
+            f"{lost} in {counted(len(losses), 'range')} could not be read and are zeros in "
+            f"{shown(args.target)}: {shown(args.salvage)} lists them"
+        )
+    return 1 if losses else 0
 
 
 def _disk(image: Image, name: str) -> tuple[Disk, bool]:
@@ -111,7 +152,5 @@ def _disk(image: Image, name: str) -> tuple[Disk, bool]:
     except UsageError:
         if not name.endswith(VM_STATE):
             raise
-    snapshot = choose(image.table(), Choice(name.removesuffix(VM_STATE)), image.path)
-    if not snapshot.vm_state_size:
-        raise UsageError(f"snapshot {shown(snapshot.name)} has no VM state")
+    snapshot = saved_named(image, name.removesuffix(VM_STATE))
     return image.disk(snapshot, vm_state=True), True

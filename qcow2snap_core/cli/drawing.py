@@ -11,7 +11,7 @@ from ..errors import escaped
 from ..tables.findings import ACTIVE
 from ..tables.sharing import Holds, Picture, Strip
 from ..util.units import binary
-from .text import can_print
+from .text import can_print, filled
 
 
 class _Look(NamedTuple):
@@ -25,7 +25,7 @@ class _Look(NamedTuple):
 
 # A line goes up to those that have it as well, and down to those; so what lives on is one line.
 _OWN: Final = _Look("█", "#", "#d95f02", "its own")
-_BOTH: Final = _Look("│", "|", "#7f9fbf", "shared with older and newer")
+_BOTH: Final = _Look("│", "|", "#7f9fbf", "with older and newer")
 _OLDER: Final = _Look("╵", "'", "#9fb3c8", "with older")
 _NEWER: Final = _Look("╷", ",", "#4a7aa8", "with newer")
 _UNKNOWN: Final = _Look("?", "?", "#c00000", "damaged")
@@ -44,8 +44,9 @@ def _look(holds: Holds) -> _Look:
     return _NEWER if Holds.NEWER in holds else _NOTHING
 
 
-def text(picture: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines: of each row its columns and its strip, and what the characters mean."""
+def text(picture: Picture, rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Lines: of each row its columns and its strip, and what the characters mean, in lines of
+    ``width`` columns."""
     encodable = can_print("".join(look.line for look in _LOOKS))
     used = set()
     for row, strip in zip(rows, picture.strips, strict=True):
@@ -55,7 +56,7 @@ def text(picture: Picture, rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join([*row, drawn])
     signs = [look for look in _LOOKS if look in used]
     yield f"each character is {binary(picture.cell)}:"
-    yield "  ".join(f"{x.line if encodable else x.ascii} {x.meaning}" for x in signs)
+    yield from filled([f"{x.line if encodable else x.ascii} {x.meaning}" for x in signs], width)
 
 
 _HEIGHT: Final = 18

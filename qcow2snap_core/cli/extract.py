@@ -8,12 +8,14 @@ there whole or not at all."""
 from __future__ import annotations
 
 import argparse
+import os
 
 from ..errors import UsageError, escaped
 from ..files.extract import Limits, extract
 from ..files.tree import MOST_ENTRIES, find
+from ..transfer.judge import ensure_writable
 from ..util.interrupts import deferred
-from ..util.units import binary, parse_size
+from ..util.units import binary, counted, parse_size
 from .common import open_from
 from .guest import add_guest_options, add_place, filesystem, guest_path
 from .streams import say
@@ -43,13 +45,15 @@ def run(args: argparse.Namespace) -> int:
     path = guest_path(args.path)
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     name = guest_path(args.name) if args.name is not None else parts[-1] if parts else b"root"
+    if os.path.isdir(args.directory):  # what else it may be is told when it is opened
+        ensure_writable(args.directory)
     with open_from(args) as image, deferred():
         fs = filesystem(image, args.snapshot, args)
         done = extract(fs, find(fs, path), name, args.directory, limits, say)
     left_out = f", {done.left_out} left out" if done.left_out else ""
-    print(f"{escaped(name)}: {done.files} files with {binary(done.bytes)}{left_out}")
+    print(f"{escaped(name)}: {counted(done.files, 'file')} with {binary(done.bytes)}{left_out}")
     if done.unreadable:
-        raise UsageError(f"{done.unreadable} files could not be read: they are named above")
+        raise UsageError(f"{counted(done.unreadable, 'file')} could not be read, as said above")
     if done.left_out and not done.files:
         raise UsageError("nothing was extracted: what was left out is named above")
     return 0

@@ -1,18 +1,25 @@
 """Make one image of an external chain, with an internal snapshot for each of its files, named
 after the file without the ending. The active disk is TOP's, and OUT has no backing file.
 
-The chain is only read, and must not be in use. OUT is neither compressed nor encrypted; it
-appears when it is whole: when every snapshot has been read back and compared with its file."""
+In a chain that split has made the files are the snapshots that they were, with ID, date and VM
+state, and the active disk is none. The chain is only read, and must not be in use. OUT is not
+encrypted; it appears when it is whole: when every snapshot has been read back and compared."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import escaped
-from ..transfer.chains import JOIN_TARGETS, join
+from ..transfer.join import JOIN_TARGETS, join
 from ..transfer.judge import judge
 from ..util.interrupts import deferred
-from .common import add_force, add_image_options, add_no_verify, open_from
+from .common import (
+    add_force,
+    add_image_options,
+    add_no_verify,
+    ensure_not_source,
+    open_from,
+)
 from .streams import warn
 
 HELP = "an external chain to one image with internal snapshots"
@@ -28,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    ensure_not_source(args.out, args.file)
     place = judge(args.out, JOIN_TARGETS, replace=args.force)  # before a passphrase is asked for
     with open_from(args) as image, deferred():
         names = join(image, place, warn, args.verify)

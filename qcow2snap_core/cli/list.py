@@ -7,11 +7,13 @@ which are its own. The width is the terminal's. With --free it is told what dele
 snapshots together frees, which is more than the sum where they share what nobody else has.
 
 Of libvirt:DOMAIN, which stands for the machine's image, a last column is what libvirt knows of each
-snapshot: when libvirt took it, the machine's state then, and the description."""
+snapshot: when libvirt took it, the machine's state then, and the description. FILE may also be a
+repository that backup has made: then it is the snapshots in that."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -69,6 +71,13 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--json goes without --tree and --names")
     if args.wide and (args.json or args.tree or args.names or args.free):
         args.usage_error("--wide goes with the plain list")
+    if os.path.isdir(args.file):
+        if args.tree or args.names or args.free or args.wide:
+            args.usage_error("of a repository there is the plain list, and --json")
+        from .backups import print_repository  # all that writes comes with it
+
+        print_repository(args.file, args.json)
+        return 0
     with open_from(args, data=False, layers=False) as image:
         if args.names:
             table = image.table()
@@ -144,7 +153,7 @@ def _print_tree(image: Image) -> Table:
         ids, tags = (max(map(len, column)) for column in zip(*names, strict=True))
         rows = [(id_.ljust(ids), name.ljust(tags)) for id_, name in names]
         width = columns - ids - tags - len("    ")
-        return text(picture(image, snapshots, max(width, _NARROWEST)), rows)
+        return text(picture(image, snapshots, max(width, _NARROWEST)), rows, columns)
 
     table, lines = image.of_all(draw)
     for line in lines:

@@ -22,6 +22,7 @@ from ..files.volumes import How, described, parts, whole
 from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
 from ..host.nbdkit import missing
+from ..image.disk import Disk
 from ..image.image import Image
 from ..util.interrupts import deferred
 from .common import open_from
@@ -68,9 +69,19 @@ def _show_one(image: Image, args: argparse.Namespace) -> None:
     show = mount_filesystem if args.filesystem else mount
     snapshot = choose(image.table(), Choice(args.snapshot), image.path)
     disk = image.disk(snapshot)
-    if args.filesystem and args.partition is None and (found := parts(whole(disk))):
-        raise UsageError(described("--partition ", found))
+    _check_partition(disk, args.partition, args.filesystem)
     show(image, snapshot, args.directory, args.partition, _ready)
+
+
+def _check_partition(disk: Disk, number: int | None, filesystem: bool) -> None:
+    """Raises UsageError with what there is; nbdkit's partition filter would not say it."""
+    if number is None and not filesystem:
+        return
+    found = parts(whole(disk))
+    if found and number not in {part.number for part in found}:
+        raise UsageError(described("--partition ", found))
+    if number is not None and not found:
+        raise UsageError("this disk has no partitions: leave out --partition")
 
 
 def _show_all(image: Image, args: argparse.Namespace) -> None:

@@ -91,7 +91,11 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, f"give one of {', '.join(action.choices)}")
+            meant = nearest(str(value), action.choices)
+            perhaps = f" (did you mean {meant}?)" if meant else ""
+            raise argparse.ArgumentError(
+                action, f"give one of {', '.join(action.choices)}{perhaps}"
+            )
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:

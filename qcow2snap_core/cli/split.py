@@ -4,9 +4,9 @@ changed, the oldest as the base, and active.qcow2 for the active disk on top.
 An overlay is named after its snapshot: what a file name had better not hold is percent-encoded, and
 the ID stands for names that are empty, repeated, too long or 'active'. A backing file of FILE
 becomes that of the base; if anything is encrypted, the base holds all of it instead. The overlays
-are neither compressed nor encrypted, and VM state is not carried over. FILE is only read, and must
-not be in use. OUTDIR appears when it is whole: when every overlay has been read back and compared
-with its snapshot."""
+are not encrypted. What they cannot say, IDs, names, dates, clocks and VM states, is written beside
+them, and join uses it. FILE is only read, and must not be in use. OUTDIR appears when it is whole:
+when every overlay has been read back and compared with its snapshot."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import argparse
 import os
 
 from ..errors import escaped
-from ..transfer.chains import SPLIT_TARGETS, split
 from ..transfer.judge import judge
+from ..transfer.split import SPLIT_TARGETS, split
 from ..util.interrupts import deferred
 from .common import add_force, add_image_options, add_no_verify, open_from
 from .streams import warn

@@ -12,8 +12,9 @@ from functools import partial
 
 from ..errors import UsageError, shown
 from ..host.domains import monitor
+from ..host.nodes import Qemu
 from ..host.qmp import FrozenGuest, Qmp
-from ..host.take import Frozen, Qemu, take
+from ..host.take import Frozen, take
 from ..util.interrupts import deferred
 from .streams import say
 

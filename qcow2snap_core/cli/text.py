@@ -55,6 +55,17 @@ def fitted(
     return cells
 
 
+def filled(items: Sequence[str], width: int) -> list[str]:
+    """Lines with as many of the items as fit."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + 2 + len(item) <= width:
+            lines[-1] += f"  {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
 def print_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Rows in aligned columns, the first being the titles; ``right`` are columns of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -62,7 +62,7 @@ _KEY_SIZES: Final = (16, 24, 32)
 _HASHES: Final = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 
 
-class _Cipher(NamedTuple):
+class CipherChoice(NamedTuple):
     """What cipher_name, cipher_mode and hash_spec say, made sure of."""
 
     name: str  # aes, serpent, twofish or cast5
@@ -107,7 +107,7 @@ def open_luks(area: bytes, passphrase: bytes, path: str) -> SectorCipher:
     hash_name = _name(h.hash_spec)
     if not _available(hash_name):
         raise bad(f"the LUKS hash {shown(h.hash_spec.rstrip(bytes(1)))} is not supported")
-    cipher = _parse_cipher(_name(h.cipher_name), _name(h.cipher_mode), h.key_bytes)
+    cipher = parse_cipher(_name(h.cipher_name), _name(h.cipher_mode), h.key_bytes)
     if isinstance(cipher, str):
         raise bad(cipher)
     if cipher.name != "aes" and not gcrypt.available():
@@ -131,7 +131,7 @@ def open_luks(area: bytes, passphrase: bytes, path: str) -> SectorCipher:
         # Encrypted in sectors of its own, numbered from 0; the last one is padded.
         split = bytearray(material) + bytes(-len(material) % SECTOR)
         cipher.make(slot_key).decrypt(memoryview(split), 0)
-        key = _merge(split[: len(material)], h.key_bytes, hash_name)
+        key = merge(split[: len(material)], h.key_bytes, hash_name)
         digest = hashlib.pbkdf2_hmac(
             hash_name, key, h.mk_digest_salt, h.mk_digest_iterations, len(h.mk_digest)
         )
@@ -140,7 +140,7 @@ def open_luks(area: bytes, passphrase: bytes, path: str) -> SectorCipher:
     raise UsageError(f"{shown(path)}: the passphrase does not open it: give another one")
 
 
-def _parse_cipher(name: str, mode_spec: str, key_bytes: int) -> _Cipher | str:
+def parse_cipher(name: str, mode_spec: str, key_bytes: int) -> CipherChoice | str:
     """The cipher, or what is wrong with it."""
     mode, _, generator = mode_spec.partition("-")
     generator, _, essiv_hash = generator.partition(":")
@@ -164,10 +164,10 @@ def _parse_cipher(name: str, mode_spec: str, key_bytes: int) -> _Cipher | str:
         wrong = gcrypt.wrong_with(name, mode, bits, essiv_bytes and essiv_bytes * 8)
         if wrong:
             return f"the LUKS cipher {described} {wrong}"
-    return _Cipher(name, mode, generator, essiv_hash)
+    return CipherChoice(name, mode, generator, essiv_hash)
 
 
-def _merge(split: bytearray, size: int, hash_name: str) -> bytes:
+def merge(split: bytearray, size: int, hash_name: str) -> bytes:
     """The master key out of its stripes (AFmerge): each is mixed into a running block, which is
     diffused by the hash before the next; the last one is not."""
     block = 0

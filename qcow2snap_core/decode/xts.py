@@ -132,17 +132,17 @@ def _returning() -> list[list[list[int]]]:
     ]
 
 
-def _few_sectors(key: bytes) -> _OpenSsl | _Library | None:
+def _few_sectors(key: bytes) -> OpenSsl | Library | None:
     """What decrypts a few sectors; IEEE 1619, and so both libraries, know no AES-192."""
     if len(key) == 48:
         return None
     try:
-        return _OpenSsl(key)
+        return OpenSsl(key)
     except (OSError, AttributeError):
-        return _Library(key)
+        return Library(key)
 
 
-class _OpenSsl:
+class OpenSsl:
     """OpenSSL's EVP interface, a sector at a time."""
 
     def __init__(self, key: bytes) -> None:
@@ -178,7 +178,7 @@ class _OpenSsl:
         self._contexts.give(context)
 
 
-class _Library:
+class Library:
     """python3-cryptography's XTS, a sector at a time."""
 
     def __init__(self, key: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
 from ..image.disk import Disk
-from ..util.units import binary
+from ..util.units import binary, counted
 from . import journal, kinds
 from .dissected import Dissect, logical_volumes
 from .partitions import Partition, partitions
@@ -93,7 +93,7 @@ def volumes(disk: Window) -> list[str]:
 def described(name: str, found: list[Partition]) -> str:
     """An error line that lists partitions; ``name`` is what a user would put before a number."""
     which = ", ".join(f"{name}{p.number} ({p.type}, {binary(p.length)})" for p in found)
-    return f"this disk has {len(found)} partitions: name one, {which}"
+    return f"this disk has {counted(len(found), 'partition')}: name one, {which}"
 
 
 def open_filesystem(disk: Disk, snapshot: str, part: str | None, how: How = How()) -> Filesystem:  # noqa: B008

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 
-from ..errors import ImageError, shown
+from ..errors import ImageError, StorageError, shown
 from ..storage.local import ExpectedBytes, Storage
 from ..typed import TYPE_CHECKING, Final, NamedTuple
 from . import ondisk as q
@@ -231,13 +231,22 @@ class _Reader:
         rest = self._data[used:]
         self._gone += used
         self._at -= used
-        want = max(_PIECE, self._at + length - len(rest))
-        self._data = rest + self._storage.read(want, self._offset + self._gone + len(rest))
+        self._data = rest + self._read_ahead(
+            self._at + length - len(rest), self._offset + self._gone + len(rest)
+        )
         self._first = self._first or self._data[:_KEPT_WHOLE]
         if len(self._data) < self._at + length:
             raise ImageError(
                 f"at host offset {self._offset + start:#x} lies past the end of the file"
             )
+
+    def _read_ahead(self, length: int, offset: int) -> bytes:
+        """That much, and more where that can be read: what is behind it may be no part of the
+        table."""
+        try:
+            return self._storage.read(max(_PIECE, length), offset)
+        except StorageError:
+            return self._storage.read(length, offset)
 
 
 def _number(field: bytes) -> int | None:

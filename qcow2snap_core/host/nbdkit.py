@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import UsageError, escaped
 from ..format.snapshots import Snapshot
 from ..image.image import Image
+from ..image.opener import Options
 
 # Servers are handed their sockets as descriptors from 3 on; a passphrase has to stay clear of them.
 _FIRST_DESCRIPTOR = 10
@@ -77,6 +78,8 @@ def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
     found += [f"allow-file={os.path.abspath(f)}" for f in options.allow_files]
     if options.backing_format is not None:
         found.append(f"backing-format={options.backing_format}")
+    if options.remote_timeout != Options().remote_timeout:
+        found.append(f"remote-timeout={options.remote_timeout:g}")
     for layer, passphrase in options.passphrases.items():
         key = f"passphrase.{layer}" if layer else "passphrase"
         if b"\n" in passphrase:

@@ -13,6 +13,8 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final
 
@@ -107,6 +109,17 @@ class _JsonSocket:
                 return answer["return"]
             if "error" in answer:
                 raise QmpError(f"{command}: {answer['error'].get('desc', answer['error'])}")
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """In this block answers are waited for, however long they take and whatever signal
+        comes."""
+        before = self._interruptible, self._timeout
+        self._interruptible, self._timeout = False, float("inf")
+        try:
+            yield
+        finally:
+            self._interruptible, self._timeout = before
 
 
 class Qmp(_JsonSocket):

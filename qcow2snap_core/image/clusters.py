@@ -159,6 +159,15 @@ class Clusters:
             raise _stream_past_end(offset, self._file.size())
         return offset
 
+    def inside(self, host: int, length: int) -> int:
+        """How many bytes of a run of standard clusters are in the file; whole sectors, where it
+        has not all of them."""
+        try:
+            self.locate(False, host, length)
+        except ImageError:
+            return max(0, self._data.size() - host) // q.SECTOR * q.SECTOR
+        return length
+
     # --- Inside ---
 
     def _load(self, descriptor: int, token: int, guest: int) -> bytearray:

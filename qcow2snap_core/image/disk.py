@@ -136,6 +136,23 @@ class Disk:
             if kind != UNALLOCATED:
                 yield Extent(guest - self.base, n, HOLE_ZERO if kind == ZERO else ALLOCATED)
 
+    def compressed(self, offset: int) -> bytes | None:
+        """The stream of the cluster at the offset, with what is behind it in its last sector; None
+        where it is not compressed in this layer.  To be confirmed, as tables are."""
+        _, kind, location = self._mapping.run(self.base + offset, self.cluster_size)
+        if kind != COMPRESSED:
+            return None
+        where, length = self._clusters.stream(location)
+        return self.tables.storage.read(length, where)
+
+    def spared(self, offset: int, length: int) -> int:
+        """How many bytes of a range are not stored in this layer since it is compressed."""
+        return sum(
+            max(0, n - self._clusters.stream(location)[1])
+            for _, n, kind, location in self._mapping.runs(self.base + offset, length)
+            if kind == COMPRESSED
+        )
+
     def prefetch(self, offset: int, length: int) -> None:
         """Start to fetch what a read of the range will want; errors are left to that read."""
         try:
@@ -192,6 +209,10 @@ class Disk:
                 f"{self.name}: a read at guest offset {offset:#x} takes more than "
                 f"{q.MAX_LOOKUPS} look-ups: ask for less at a time"
             )
+
+    def inside(self, host: int, length: int) -> int:
+        """How many bytes of a run of data the file has, from host offset ``host`` on."""
+        return self._clusters.inside(host, length)
 
     def in_file(self, offset: int, length: int) -> FileRange | None:
         n, kind, location = self._mapping.run(self.base + offset, length)

@@ -227,7 +227,7 @@ class Image:
         chain = self._chain
         token = next(chain.tokens)
         parts = self.storage, self._geometry, offset, entries, chain.tables, token, open_ended
-        return kind(*parts)
+        return kind(*parts, chain.options.slice_bytes)
 
     def _check_l1(self, offset: int, entries: int, what: str) -> None:
         length = entries * q.L1_ENTRY_SIZE
@@ -237,7 +237,8 @@ class Image:
             return
         if offset % self.header.cluster_size or not offset:
             raise ImageError(f"{what}: its L1 table's offset {offset:#x} is not one of a cluster")
-        if not self.storage.read(1, offset + length - 1):
+        end = offset + length
+        if end > self.storage.size() and not self.storage.read(1, end - 1):
             raise ImageError(
                 f"{what}: its L1 table, {length} bytes at host offset {offset:#x}, "
                 f"lies past the end of the file ({self.storage.size()} bytes)"

@@ -51,7 +51,7 @@ class Budget:
 
 
 _LOAD: Final = 4  # look-ups that reading a slice costs, besides its own
-_SLICE_BYTES: Final = 64 << 10
+SLICE_BYTES: Final = 64 << 10
 _STRIDE: Final = 64  # entries compared at a time; small, since most runs in a request are short
 
 
@@ -67,15 +67,18 @@ class Mapping:
         cache: TableCache,
         token: int,
         open_ended: bool = False,
+        slice_bytes: int = SLICE_BYTES,
     ) -> None:
         """``token`` tells this mapping's slices in the shared cache from all others'; a cluster
         that was freed may hold another snapshot's table, so the host offset would not.
         ``open_ended``: past the L1 table nothing is allocated.  Otherwise who looks there gets an
-        error, since QEMU makes every L1 table as large as its disk needs (size_to_l1)."""
+        error, since QEMU makes every L1 table as large as its disk needs (size_to_l1).
+        ``slice_bytes``: how much of a table is read at once, and lost if that cannot be."""
         bits = geometry.cluster_bits
         self.tables: Final = TableReader(storage, geometry, l1_table_offset, l1_size)
         self.cluster_size: Final = 1 << bits
         self.token: Final = token
+        self.slice_bytes: Final = slice_bytes
         self._l1_size = l1_size
         self._bytes_per_l1_entry = self.tables.bytes_per_l1_entry
         self._open_ended = open_ended
@@ -83,7 +86,7 @@ class Mapping:
         self._bits = bits
         self._l2_bits = self.tables.l2_bits
         self._entry_bits = bits - self._l2_bits
-        self._slice_bits = min(self._l2_bits, (_SLICE_BYTES.bit_length() - 1) - self._entry_bits)
+        self._slice_bits = min(self._l2_bits, (slice_bytes.bit_length() - 1) - self._entry_bits)
         self._slice_mask = (1 << self._slice_bits) - 1
         self._data_file = geometry.data_file
         # A standard entry that is nothing but an offset has none of these bits.
@@ -239,7 +242,7 @@ class Mapping:
 
     def _l1_slice(self, index: int, budget: Budget | None) -> tuple[Entries[int], int]:
         """Where an L1 entry is; that table is read in slices as well: it may be 32 MiB."""
-        per_slice = _SLICE_BYTES // q.L1_ENTRY_SIZE
+        per_slice = self.slice_bytes // q.L1_ENTRY_SIZE
         first = index - index % per_slice
         count = min(per_slice, self._l1_size - first)
         key = (self.token, ~first)  # L1 slices share the cache; their keys are negative

@@ -13,13 +13,14 @@ from ..decode.codecs import Codec, Zstd, deflate
 from ..errors import ImageError, UsageError, shown
 from ..format import ondisk as q
 from ..format.header import Header, read_header
-from ..storage.libnbd import is_uri, refuse_url
+from ..storage.libnbd import PATIENCE, is_uri, refuse_url
 from ..storage.local import Storage, open_storage
 from ..storage.policy import Policy
 from ..typed import TYPE_CHECKING, Final, NamedTuple
 from ..util.wording import LIBRARY, Wording
 from .clusters import Clusters, EncryptedClusters
 from .image import Chain, Image
+from .mapping import SLICE_BYTES
 
 if TYPE_CHECKING:
     from .layers import Layer
@@ -38,7 +39,9 @@ class Options(NamedTuple):
     data: bool = True  # False: tables alone will be asked for, so no passphrase or codec is needed
     layers: bool = True  # False: not even the files that the image names are needed
     allow_files: tuple[str, ...] = ()
+    remote_timeout: float = PATIENCE  # seconds for which an NBD server may be silent
     words: Wording = LIBRARY  # of whoever opens it, for error lines
+    slice_bytes: int = SLICE_BYTES  # of a table that are read at once; a power of two
 
     def __repr__(self) -> str:
         return "Options(…)"  # it holds secrets
@@ -53,7 +56,7 @@ def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 
     """
     opener = _Opener(options)
     try:
-        image = opener.image(_open_file(path))
+        image = opener.image(_open_file(path, options))
         if options.passphrases and options.data and not opener.chain.encrypted:
             raise UsageError(f"{shown(path)} is not encrypted: leave out the passphrase")
         return image
@@ -62,12 +65,12 @@ def open_image(path: str, options: Options = Options()) -> Image:  # noqa: B008 
         raise
 
 
-def _open_file(path: str) -> Storage:
+def _open_file(path: str, options: Options) -> Storage:
     """What the user names; the only place where that may be remote."""
     if is_uri(path):
         from ..storage.remote import RemoteFile
 
-        return RemoteFile(path)
+        return RemoteFile(path, options.remote_timeout)
     refuse_url(path)
     return open_storage(path)
 

@@ -10,6 +10,7 @@ from ..errors import shown
 from ..tables import check as tables_check
 from ..tables import diff, space
 from ..tables.findings import Finding
+from ..util.progress import silent
 from . import arguments
 from .disk import Disk, Extent
 from .image import Image
@@ -69,11 +70,13 @@ def check(
     image: Image,
     snapshot: Snapshot | str | None = None,
     *,
+    data: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[Finding]:
     """What is wrong with the metadata of all snapshots and the active disk, or what of that
     concerns one snapshot; an empty list if it is whole.  At most 1000 findings, of which leaked
-    clusters are no damage (``is_damage``).
+    clusters are no damage (``is_damage``).  With ``data`` every cluster is read and decoded as
+    well, once however many snapshots have it.
 
     Nobody should be writing to the image meanwhile.  ``warn`` is told, in a line, when the image
     is marked dirty: then its refcounts are not up to date and are not compared.
@@ -89,7 +92,10 @@ def check(
         snapshot = image.find(snapshot)
     if snapshot is not None:
         arguments.instance("snapshot", snapshot, Snapshot)
-    findings = tables_check.check(image._image, None if snapshot is None else snapshot._entry)
+    arguments.flag("data", data)
+    entry = None if snapshot is None else snapshot._entry
+    with silent():
+        findings = tables_check.check(image._image, entry, data=data)
     if image._image.header.dirty:
         warn(f"{shown(image.path)} is marked dirty: its refcounts were not compared")
     return findings

@@ -45,6 +45,15 @@ def integer(name: str, value: int, least: int | None = 0) -> int:
     return found
 
 
+def seconds(name: str, value: float) -> float:
+    """A time, more than none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {_a(value)}: give a number of seconds")
+    if not 0 < value < 10**9:
+        raise ValueError(f"{name} is {value}: give seconds, more than 0")
+    return float(value)
+
+
 def text(name: str, value: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} is {_a(value)}: give a str")

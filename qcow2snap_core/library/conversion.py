@@ -6,15 +6,17 @@ import os
 import warnings
 from collections.abc import Callable
 
-from ..transfer import chains
 from ..transfer import compact as whole_image
-from ..transfer import copy as backup
+from ..transfer import copy as copies
+from ..transfer import join as joining
+from ..transfer import split as splitting
 from ..transfer.compressors import COMPRESSIONS
 from ..transfer.destinations import FORMATS, form_of, new_copy, update
-from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..transfer.judge import STANDARD_OUTPUT, Kind, Place, judge
 from ..transfer.updates import Base
 from ..typed import Final, NamedTuple
 from ..util.progress import silent
+from ..util.wording import LIBRARY
 from . import arguments
 from .analysis import comparable
 from .disk import Disk
@@ -80,7 +82,7 @@ def copy(
         arguments.flag(name, value)
     if format is not None:
         arguments.one_of("format", format, FORMATS)
-    _check_compress(compress)
+    check_compress(compress)
     if compress is not None and (format or form_of(path)) != "qcow2":
         raise ValueError("compress goes with format='qcow2'")
     if since is None:
@@ -89,7 +91,7 @@ def copy(
             raise ValueError("new is a VM state: copy it from its file object, raw()")
         if in_place or base != "recorded":
             raise ValueError("in_place and base go with since: a full copy starts from nothing")
-        to = new_copy(path, form=format, compress=compress, replace=replace)
+        to = new_copy(path, form=format, compress=compress, replace=replace, words=LIBRARY)
     else:
         comparable(since, new)
         if replace or (format or form_of(path)) != "raw":
@@ -97,7 +99,7 @@ def copy(
         to = update(path, how, in_place=in_place)
     old = None if since is None else since._disk
     with silent():
-        done = backup.copy(new._image, new._disk, to, _told(warn), old, verify=verify)
+        done = copies.copy(new._image, new._disk, to, told(warn), old, verify=verify)
     return Copied(done.amount.data, done.amount.zeros)
 
 
@@ -121,11 +123,11 @@ def compact(
     """
     arguments.instance("image", image, Image)
     where = arguments.path("target", target)
-    _check_compress(compress)
-    place = judge(where, whole_image.COMPACT_TARGETS, replace=arguments.flag("replace", replace))
+    check_compress(compress)
+    place = target_of(where, whole_image.COMPACT_TARGETS, replace)
     with silent():
         whole_image.compact(
-            image._image, place, _told(warn), compress, arguments.flag("verify", verify)
+            image._image, place, told(warn), compress, arguments.flag("verify", verify)
         )
 
 
@@ -142,8 +144,8 @@ def split(
     overlay for each with only what changed, and one for the active disk on top.
 
     Nobody may have the image open for writing.  With ``verify`` all of it is read back and compared
-    before it gets its name.  ``warn`` is told, in a line each, what is not carried over.  Needs
-    qemu-img and qemu-nbd, and libnbd's Python module.
+    before it gets its name.  ``warn`` is told, in a line each, what is not carried over.  What the
+    files cannot say, names, dates and VM states, is written beside them for :func:`join`.
 
     Returns the paths of the files, the base first.  Raises as :func:`copy`.
 
@@ -154,9 +156,9 @@ def split(
     arguments.instance("image", image, Image)
     where = arguments.path("directory", directory)
     arguments.flag("verify", verify)
-    place = judge(where, chains.SPLIT_TARGETS, replace=arguments.flag("replace", replace))
+    place = target_of(where, splitting.SPLIT_TARGETS, replace)
     with silent():
-        names = chains.split(image._image, place, _told(warn), verify)
+        names = splitting.split(image._image, place, told(warn), verify)
     return [os.path.join(where, name) for name in names]
 
 
@@ -169,30 +171,35 @@ def join(
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
-    """Make one image of an external chain, with an internal snapshot for each of its files, named
-    after the file without the ending; ``top`` is the topmost.
+    """Make one image of an external chain; ``top`` is its topmost file.  Each file becomes an
+    internal snapshot named after it without the ending; but those of a chain that :func:`split`
+    made are the snapshots that they were, and the active disk is none.
 
-    The keywords and what it needs are those of :func:`split`.  Returns the names of the snapshots,
-    the base's first.  Raises as :func:`copy`.
+    The keywords are those of :func:`split`.  Returns the names of the snapshots, the base's first.
+    Raises as :func:`copy`.
 
     >>> with qcow2snap_core.open("chain/active.qcow2") as image:
     ...     join(image, "joined.qcow2")
-    ['weekly', 'nightly', 'active']
+    ['weekly', 'nightly']
     """
     arguments.instance("top", top, Image)
     where = arguments.path("target", target)
     arguments.flag("verify", verify)
-    place = judge(where, chains.JOIN_TARGETS, replace=arguments.flag("replace", replace))
+    place = target_of(where, joining.JOIN_TARGETS, replace)
     with silent():
-        return chains.join(top._image, place, _told(warn), verify)
+        return joining.join(top._image, place, told(warn), verify)
 
 
-def _check_compress(compress: str | None) -> None:
+def target_of(name: str, accepts: Kind, replace: bool) -> Place:
+    return judge(name, accepts, replace=arguments.flag("replace", replace), words=LIBRARY)
+
+
+def check_compress(compress: str | None) -> None:
     if compress is not None:
         arguments.one_of("compress", compress, tuple(COMPRESSIONS))
 
 
-def _told(warn: Callable[[str], object]) -> Callable[[str], None]:
+def told(warn: Callable[[str], object]) -> Callable[[str], None]:
     def tell(message: str) -> None:
         warn(message)
 

@@ -29,6 +29,7 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     passphrase: str | bytes | Mapping[int, str | bytes] | None = None,
     l2_cache_size: int = _DEFAULTS.l2_cache_size,
     cluster_cache_size: int = _DEFAULTS.cluster_cache_size,
+    remote_timeout: float = _DEFAULTS.remote_timeout,
 ) -> Image:
     """Open a qcow2 image, read-only and without any lock: a file, a block device, or the URI of an
     NBD export.
@@ -40,6 +41,8 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     file.
     ``l2_cache_size``, ``cluster_cache_size``: bounds of the memory for L2 tables and for
     decompressed clusters, bytes.
+    ``remote_timeout``: how many seconds the server of an NBD export may be silent when it should
+    answer; then it is a StorageError.
 
     Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read;
     TypeError and ValueError for an argument that makes no sense.
@@ -57,6 +60,7 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
         l2_cache_size=arguments.integer("l2_cache_size", l2_cache_size),
         cluster_cache_size=arguments.integer("cluster_cache_size", cluster_cache_size),
         allow_files=arguments.paths("allow_files", allow_files),
+        remote_timeout=arguments.seconds("remote_timeout", remote_timeout),
     )
     return Image(open_image(arguments.path("path", path), options))
 

@@ -1,16 +1,17 @@
 """What nbdkit's log says about an exception: one line, where the exception is ours.
 
 nbdkit imports the module traceback when a callback has raised, and prints what its function
-format_exception returns; there is no other way in.
+format_exception returns; there is no other way in, except for a line that is no exception's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import traceback
 from types import TracebackType
 from typing import Any, Final
 
-from ..errors import Error
+from ..errors import Error, ImageError
 
 _format_exception: Final = traceback.format_exception
 
@@ -21,6 +22,13 @@ def in_one_line() -> None:
     Any other exception is a bug and keeps its traceback.
     """
     traceback.format_exception = _one_line  # type: ignore[assignment]
+
+
+def kept_from_client(error: Exception) -> Error:
+    """Log ``error`` now; returns the one to raise instead, whose line a client may read."""
+    whole = "".join(_one_line(type(error), error, error.__traceback__))
+    ctypes.CDLL(None).nbdkit_error(b"%s", whole.encode(errors="surrogateescape"))
+    return ImageError("this cannot be served: the server's log says why")
 
 
 def _one_line(

@@ -10,10 +10,10 @@ from ..storage.libnbd import absolute, is_uri, refuse_url
 from ..storage.local import from_here
 from ..typed import Final
 from ..util.passphrase import read_passphrase
-from ..util.units import parse_size
+from ..util.units import parse_seconds, parse_size
 from ..util.wording import PLUGIN
 
-_ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
+ALIASES: Final = {"snapshot.id": "snapshot-id", "snapshot.name": "snapshot-name"}
 KEYS: Final = (
     "file",
     "snapshot",
@@ -26,6 +26,7 @@ KEYS: Final = (
     "passphrase.N",
     "l2-cache-size",
     "cluster-cache-size",
+    "remote-timeout",
 )
 
 
@@ -35,6 +36,7 @@ class Settings:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._remote_timeout = Options().remote_timeout
         self._allowed: dict[str, list[str]] = {"allow-dir": [], "allow-file": []}
         self._passphrases: dict[int, bytes] = {}
 
@@ -42,7 +44,7 @@ class Settings:
         """Take one key.  Raises UsageError that names it when it or its value is wrong."""
         if not is_key(key):
             raise UsageError(f"unknown key {key}=: the keys are {', '.join(KEYS)}")
-        key = _ALIASES.get(key, key)
+        key = ALIASES.get(key, key)
         layer = _layer(key)
         if key in self._allowed:
             self._allowed[key].append(_from_here(key, value))
@@ -59,9 +61,12 @@ class Settings:
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
             raise UsageError(f"{key}={escaped(value)}: give raw or qcow2")
-        elif key.endswith("-size"):
+        elif key.endswith("-size") or key == "remote-timeout":
             try:
-                self._sizes[key] = parse_size(value)
+                if key == "remote-timeout":
+                    self._remote_timeout = parse_seconds(value)
+                else:
+                    self._sizes[key] = parse_size(value)
             except UsageError as e:
                 raise UsageError(f"{key}=: {e}") from e
 
@@ -82,6 +87,7 @@ class Settings:
             passphrases=self._passphrases,
             l2_cache_size=self._sizes.get("l2-cache-size", Options().l2_cache_size),
             cluster_cache_size=self._sizes.get("cluster-cache-size", Options().cluster_cache_size),
+            remote_timeout=self._remote_timeout,
             words=PLUGIN,
         )
         return open_image(self._values["file"], options)
@@ -89,7 +95,7 @@ class Settings:
 
 def is_key(key: str) -> bool:
     """Whether the plugin has such a key."""
-    return _layer(key) is not None or key in {*KEYS, *_ALIASES} - {"passphrase.N"}
+    return _layer(key) is not None or key in {*KEYS, *ALIASES} - {"passphrase.N"}
 
 
 def _layer(key: str) -> int | None:

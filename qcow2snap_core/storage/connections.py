@@ -10,41 +10,61 @@ therefore seen by connections that are younger: :meth:`Connections.measure` make
 They must all lead to the same file, or the guard would ask one about data from another, and NBD
 has no word for that.  A file that replaced another on the server shows by its size at most.  So
 when a new connection sees another size, or one was lost, those from before are not used again.
+
+Nothing is waited for without a limit: not for a connection, its answers, or a turn.  libnbd's own
+calls know none, so its asynchronous ones are used, and polled.  What counts is silence, and not
+how long an answer takes: a large one over a slow line is not cut off.  A connection on which an
+answer is still to come when nobody waits for it any more is of no use, and is closed; so are those
+of its time, as the server that was silent on one may well be gone.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Condition
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ..errors import Error, StorageError
+from ..util.interrupts import raise_if_interrupted
 from .libnbd import absolute, libnbd, message_of, without_secrets
 from .local import closed
 
 _MOST: Final = 8  # connections
-_PATIENCE: Final = 30.0  # seconds for the first connection
 # A server that takes no more than it has (qemu-nbd -e) lets further ones wait for ever.
 _PATIENCE_FOR_MORE: Final = 2.0
 _SIZE_HOLDS_FOR: Final = 1.0
 _PAUSE_AFTER_FAILURE: Final = 30.0
 _MAX_REQUEST: Final = 32 << 20  # what every server takes
+_SLICE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
-class Connection(NamedTuple):
+class Silent(StorageError):
+    """The server has not said anything for too long."""
+
+
+class Connection:
     """One that is up."""
 
-    handle: Any
-    size: int  # of the export when it was made
-    generation: int
+    __slots__ = ("buffer", "generation", "handle", "size")
+
+    def __init__(self, handle: Any, size: int, generation: int) -> None:
+        self.handle = handle
+        self.size = size  # of the export when it was made
+        self.generation = generation
+        #: where an answer will be put that is still to come
+        self.buffer: bytearray | None = None
 
 
 class Connections:
     """A pool of them."""
 
-    def __init__(self, uri: str) -> None:
-        """Makes the first.  Raises StorageError with the reason alone, and ValueError."""
+    def __init__(self, uri: str, patience: float) -> None:
+        """Makes the first.  ``patience``: how many seconds the server may be silent while
+        something is expected of it.  Raises StorageError with the reason alone, and ValueError."""
         self.size = 0  #: of the export, as the last connection saw it
+        self._patience = patience
+        self._heard = 0.0  # when anything last came
         self._uri = absolute(uri)
         self._path = without_secrets(uri)
         self._nbd = libnbd()
@@ -55,7 +75,7 @@ class Connections:
         self._closed = False
         self._measured = 0.0
         self._generation = 0  # of the connections that are still used
-        first = self._connect(_PATIENCE)
+        first = self._connect(patience)
         self._made = 1
         self._many = bool(first.handle.can_multi_conn())
         self._limit = _MOST if self._many else 1
@@ -74,11 +94,15 @@ class Connections:
     # --- Taking turns ---
 
     def take(self) -> Connection:
-        """One that nobody else uses, of the present generation."""
+        """One that nobody else uses, of the present generation.  Raises StorageError."""
         while True:
             with self._changed:
+                began = time.monotonic()
                 while not self._closed and not self._idle and self._made >= self._limit:
-                    self._changed.wait()
+                    self._changed.wait(_SLICE)
+                    raise_if_interrupted()
+                    if time.monotonic() - max(began, self._heard) > self._patience:
+                        raise self._silent(self._patience)
                 if self._closed:
                     raise closed(self._path)
                 if self._idle:
@@ -91,14 +115,15 @@ class Connections:
                 self._made += 1
                 alone = self._made == 1
             try:
-                connection = self._connect(_PATIENCE if alone else _PATIENCE_FOR_MORE)
-            except Error:
+                connection = self._connect(self._patience if alone else self._patience_for_more)
+            except BaseException as e:
                 with self._changed:
                     self._made -= 1
-                    alone = not self._made
-                    self._limit = max(1, self._made)  # make do with what there is
+                    if isinstance(e, Error):
+                        alone = not self._made
+                        self._limit = max(1, self._made)  # make do with what there is
                     self._changed.notify_all()
-                if alone:
+                if alone or not isinstance(e, Error):
                     raise
                 continue
             if alone and self._many:
@@ -109,7 +134,7 @@ class Connections:
         """Back from :meth:`take`; whether it still works is looked at here."""
         with self._changed:
             current = connection.generation == self._generation and not self._closed
-            if current and connection.handle.aio_is_ready():
+            if current and connection.buffer is None and connection.handle.aio_is_ready():
                 self._idle.append(connection)
             else:
                 self._made -= 1
@@ -129,6 +154,23 @@ class Connections:
         if connection.generation == self._generation:
             self._new_generation()
         return True
+
+    def read(self, connection: Connection, length: int, offset: int) -> bytearray:
+        """Bytes from inside the export.  Raises libnbd's error when there is one, and Silent."""
+        handle = connection.handle
+        connection.buffer = buffer = bytearray(length)
+        try:
+            cookie = handle.aio_pread(buffer, offset)
+            self._wait(handle, lambda: handle.aio_command_completed(cookie), self._patience)
+        except Silent:
+            if connection.generation == self._generation:
+                self._new_generation()
+            raise
+        except self._nbd.Error:
+            connection.buffer = None  # this is the answer
+            raise
+        connection.buffer = None
+        return buffer
 
     # --- The size ---
 
@@ -150,7 +192,7 @@ class Connections:
     def _renew(self) -> bool:
         """Make a connection, and keep it if none is idle; whether it could be made."""
         try:
-            connection = self._connect(_PATIENCE_FOR_MORE)
+            connection = self._connect(self._patience_for_more)
         except StorageError:
             return False
         with self._changed:
@@ -168,7 +210,7 @@ class Connections:
                 return False
             self._made -= 1
             old = self._idle.pop(0)
-        self._end(old, _PATIENCE_FOR_MORE)
+        self._end(old, self._patience_for_more)
         return True
 
     # --- Inside ---
@@ -178,17 +220,31 @@ class Connections:
         with self._changed:
             self._generation += 1
 
+    @property
+    def _patience_for_more(self) -> float:
+        return min(self._patience, _PATIENCE_FOR_MORE)
+
+    def _silent(self, patience: float) -> Silent:
+        return Silent(f"the server has not answered for {patience:g} s")
+
+    def _wait(self, handle: Any, is_done: Callable[[], bool], patience: float) -> None:
+        """Raises Silent when nothing comes for that many seconds, and libnbd's error."""
+        heard = time.monotonic()
+        milliseconds = max(1, int(min(patience, _SLICE) * 1000))
+        while not is_done():
+            raise_if_interrupted()
+            if handle.poll(milliseconds):
+                self._heard = heard = time.monotonic()
+            elif time.monotonic() - heard > patience:
+                raise self._silent(patience)
+
     def _connect(self, patience: float) -> Connection:
         """Raises StorageError with the reason alone."""
-        deadline = time.monotonic() + patience
         handle = self._nbd.NBD()
         try:
             handle.set_uri_allow_local_file(True)  # a key file: the user typed its name
             handle.aio_connect_uri(self._uri)
-            while handle.aio_is_connecting():
-                left = deadline - time.monotonic()
-                if left <= 0 or not handle.poll(max(1, int(left * 1000))):
-                    raise StorageError("the server does not answer")
+            self._wait(handle, lambda: not handle.aio_is_connecting(), patience)
             size = handle.get_size()
         except self._nbd.Error as e:
             raise StorageError(message_of(e, self._uri)) from e
@@ -203,7 +259,7 @@ class Connections:
         """Say goodbye, and wait for the answer for that many seconds at the most."""
         handle = connection.handle
         try:
-            if handle.aio_is_ready():
+            if connection.buffer is None and handle.aio_is_ready():
                 handle.aio_disconnect()
                 deadline = time.monotonic() + patience
                 while not handle.aio_is_closed() and (left := deadline - time.monotonic()) > 0:

@@ -152,7 +152,7 @@ class System:
         if part.node[0] != DEVICE:
             return ()
         name = _number(part.node[1])
-        device = self._path("/sys/dev/block", name)
+        device = self.path("/sys/dev/block", name)
         if not device.is_dir():
             raise _Unknown(f"/sys says nothing of the device {name}")
         device = Path(os.path.realpath(device))
@@ -169,7 +169,7 @@ class System:
             raise _Unknown(f"/sys is not clear about the device {name}") from e
 
     def _below_loop(self, part: Part, device: Path) -> list[Part]:
-        path = self._path(_read(device / "loop" / "backing_file"))
+        path = self.path(_read(device / "loop" / "backing_file"))
         try:
             node, start, length = self._loop_status(device)
         except OSError:  # not for us to open
@@ -195,7 +195,7 @@ class System:
     def _loop_status(self, device: Path) -> tuple[Node, int, int]:
         """The file or device behind a loop device, where in it that begins, and its length or 0.
         Raises OSError for who may not open it."""
-        with _held(self._path("/dev", device.name), os.O_RDONLY | os.O_NONBLOCK) as fd:
+        with _held(self.path("/dev", device.name), os.O_RDONLY | os.O_NONBLOCK) as fd:
             if inode(os.fstat(fd)) != _node(device):
                 raise FileNotFoundError
             info = bytearray(_LOOP_INFO64.size)
@@ -210,7 +210,7 @@ class System:
             return [_somewhere_in((DEVICE, number))]
         parts: list[Part] = []
         for name in self._mounted(handle):
-            with suppress(OSError), _held(self._path(name)) as source:
+            with suppress(OSError), _held(self.path(name)) as source:
                 status = os.fstat(source)
                 if stat.S_ISBLK(status.st_mode):
                     parts += [_somewhere_in((DEVICE, n)) for n in self._of_btrfs(status.st_rdev)]
@@ -222,7 +222,7 @@ class System:
     def _mounted(self, handle: int) -> list[str]:
         """The paths of what is mounted where the file is."""
         mount = _mount_id(handle)
-        for line in self._path("/proc/self/mountinfo").read_bytes().splitlines():
+        for line in self.path("/proc/self/mountinfo").read_bytes().splitlines():
             before, _, after = line.partition(b" - ")
             if int(before.split()[0]) == mount:
                 source = re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), after.split()[1])
@@ -232,13 +232,13 @@ class System:
 
     def _of_btrfs(self, number: int) -> list[int]:
         """All devices of the btrfs that has this one, of which the mount names no other."""
-        for filesystem in self._path("/sys/fs/btrfs").glob("*/devices"):
+        for filesystem in self.path("/sys/fs/btrfs").glob("*/devices"):
             devices = [_node(Path(os.path.realpath(d)))[1] for d in filesystem.iterdir()]
             if number in devices:
                 return devices
         return [number]
 
-    def _path(self, path: str, *below: str) -> Path:
+    def path(self, path: str, *below: str) -> Path:
         return Path(self._root, path.lstrip("/"), *below)
 
 

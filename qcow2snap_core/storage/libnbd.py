@@ -8,6 +8,9 @@ from ..errors import UsageError, escaped
 from ..typed import Any, Final
 from .local import from_here
 
+#: Seconds for which a server may be silent when it should answer, unless a user says otherwise.
+PATIENCE: Final = 30.0
+
 _BYTES: Final[Any] = {"errors": "surrogateescape"}  # names of files need not be UTF-8
 
 

@@ -29,7 +29,7 @@ def ensure_not_written(files: Iterable[Storage]) -> None:
     """Raises UsageError while another program has one of the files open for writing."""
     for file in files:
         ensure_open(file)
-        if _is_written(file):
+        if is_written(file):
             raise UsageError(
                 f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "
                 f"machine down, or take a snapshot and read that"
@@ -55,8 +55,13 @@ class LockGuard:
         ensure_not_written(self._files)
 
 
-def _is_written(file: Storage) -> bool:
-    """False also where it cannot be told."""
+def of_byte(kind: int, byte: int) -> bytes:
+    """What fcntl is told of a lock on one byte of a file; ``kind`` is F_RDLCK or F_WRLCK."""
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
+
+
+def is_written(file: Storage) -> bool:
+    """Whether another program has it open for writing; False also where it cannot be told."""
     with suppress(OSError):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -68,7 +73,6 @@ def _is_written(file: Storage) -> bool:
 
 def _is_locked(fd: int, byte: int) -> bool:
     """Whether somebody else has any lock there; this takes none."""
-    wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, of_byte(fcntl.F_WRLCK, byte))
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind != fcntl.F_UNLCK

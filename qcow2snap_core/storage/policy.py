@@ -56,7 +56,7 @@ class Policy:
         def permit(real: str, which: tuple[int, int]) -> None:
             is_device = which[0] == DEVICE
             own = () if is_device or image.trusted is None else (image.trusted,)
-            lies_in = any(_lies_in(real, directory) for directory in (*own, *self._directories))
+            lies_in = any(is_below(real, directory) for directory in (*own, *self._directories))
             if not lies_in and which not in self._files:
                 raise UsageError(_refusal(name, path, real, is_device, image, self._words))
 
@@ -98,7 +98,7 @@ def _lasting_name(path: str, real: str) -> str:
     root may have made that name."""
     directory, name = os.path.split(path)
     lasting = os.path.join(os.path.realpath(directory), name)
-    trusted = _lies_in(lasting, "/dev") and os.lstat(lasting).st_uid == 0
+    trusted = is_below(lasting, "/dev") and os.lstat(lasting).st_uid == 0
     return lasting if trusted else real
 
 
@@ -137,7 +137,7 @@ def _joined(directory: str | None, path: str, words: Wording) -> str:
     return os.path.join(directory or "/", path)
 
 
-def _lies_in(path: str, directory: str) -> bool:
+def is_below(path: str, directory: str) -> bool:
     """Compared by whole components: /srv/images-old does not lie in /srv/images."""
     if not path.startswith("/"):  # "(unreachable)/…": it is below no directory that has a name
         return False

@@ -1,7 +1,8 @@
 """An image file behind an NBD server, which may have it from ssh, https, Ceph or an object store.
 
 A connection that is lost is replaced and the request repeated, once; after that it is an error, and
-the next request tries anew (:mod:`.connections`).
+the next request tries anew (:mod:`.connections`).  A server that is silent for too long is an error
+at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import count
 
 from ..errors import StorageError, UsageError, shown
 from .connections import Connections
-from .libnbd import absolute, libnbd, message_of, without_secrets
+from .libnbd import PATIENCE, absolute, libnbd, message_of, without_secrets
 from .local import REMOTE, Buffer, ExpectedBytes, ensure_open
 
 _numbers = count()
@@ -24,15 +25,16 @@ class RemoteFile:
     directory: str | None = None
     trusted: str | None = None
 
-    def __init__(self, uri: str) -> None:
-        """Connects.  Raises UsageError when that fails."""
+    def __init__(self, uri: str, patience: float = PATIENCE) -> None:
+        """Connects.  ``patience``: how many seconds the server may be silent when it should answer.
+        Raises UsageError when that fails."""
         self.path = without_secrets(uri)
         self.absolute = absolute(uri)
         self.inode = (REMOTE, next(_numbers))  # whatever is behind it, it is no file of ours
         self.closed = False
         self._nbd = libnbd()
         try:
-            self._connections = Connections(uri)
+            self._connections = Connections(uri, patience)
         except (StorageError, ValueError) as e:  # libnbd takes UTF-8 without a NUL
             raise UsageError(f"cannot open {shown(self.path)}: {e}") from e
 
@@ -107,8 +109,7 @@ class RemoteFile:
             for again in (True, False):
                 connection = self._connections.take()
                 try:
-                    data: bytearray = connection.handle.pread(length, offset)
-                    return data
+                    return self._connections.read(connection, length, offset)
                 except self._nbd.Error as e:
                     if not (again and self._connections.was_lost(connection)):
                         raise StorageError(message_of(e)) from e

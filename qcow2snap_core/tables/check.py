@@ -23,21 +23,26 @@ from ..image.disk import Disk
 from ..image.guard import Guard, Unguarded
 from ..image.image import Image
 from .claims import Claims
+from .data import Data
 from .findings import ACTIVE, BAD_TABLE, Finding, Findings, Owner, TooManyError
 from .l2tables import Tables
 from .refcount_audit import RefcountAudit
 from .tally import Uses
 
 
-def check(image: Image, chosen: Snapshot | None = None) -> list[Finding]:
+def check(image: Image, chosen: Snapshot | None = None, *, data: bool = False) -> list[Finding]:
     """What is wrong with the metadata of all snapshots and the active disk, or what of it concerns
     one snapshot; at most MOST findings.
 
+    ``data``: all clusters are read as well, for which the image must be open with its data, and
+    with its data file if it has one.
     Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
     """
     walk = _Walk(image, chosen)
     with suppress(TooManyError):
         walk.all()
+        if data:
+            walk.data()
     walk.guard.confirm()
     return walk.findings.all
 
@@ -72,6 +77,10 @@ class _Walk:
             audit.check_copied(self._active)
         if refcounts is not None and not header.dirty:
             audit.compare(refcounts)
+
+    def data(self) -> None:
+        """Read what the tables lead to."""
+        Data(self._image, self._tables, self.findings).check()
 
     def _claim_snapshots(self) -> None:
         table = self._image.table()

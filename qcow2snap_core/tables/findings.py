@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from ..image.disk import Disk
-from ..util.units import binary
+from ..util.units import binary, counted
 
 ACTIVE: Final = "@active"
 MOST: Final = 1000  # findings; a lost table can make millions
@@ -17,6 +17,7 @@ BAD_ENTRY: Final = "entry"  # out of bounds, unaligned, reserved bits
 OVERLAP: Final = "overlap"
 NOT_COUNTED: Final = "refcount"
 IN_PLACE: Final = "copied"
+UNREADABLE: Final = "data"  # clusters that cannot be read or decoded
 LEAK: Final = "leak"  # clusters that are counted more often than used: no damage
 
 
@@ -82,8 +83,8 @@ class Findings:
         """
         if not self.all and self.about is None:
             message = (
-                f"{clusters} clusters ({binary(size)}) are counted more often than used: space is "
-                f"wasted, nothing is harmed, and qemu-img check -r leaks gets it back"
+                f"{counted(clusters, 'cluster')} ({binary(size)}) counted more often than used: "
+                f"space is wasted, nothing is harmed, and qemu-img check -r leaks gets it back"
             )
             self.all.append(Finding(LEAK, message, clusters=clusters))
 

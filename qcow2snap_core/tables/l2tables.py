@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import reduce
-from operator import or_
+from itertools import groupby
+from operator import itemgetter, or_
 
 from ..errors import ImageError
 from ..format import ondisk as q
@@ -79,6 +80,12 @@ class Tables:
                 with suppress(ImageError):  # reported already
                     entries = self._read(table, owners)
                     yield [table >> self._bits, *self._clusters(entries)], owners
+
+    def by_index(self) -> Iterator[tuple[int, list[tuple[int, Sequence[Owner]]]]]:
+        """(L1 index, its tables: host offset and owners, in the order of their coming)."""
+        by_index = sorted((index, n, t) for n, (t, (index, _)) in enumerate(self._tables.items()))
+        for index, tables in groupby(by_index, key=itemgetter(0)):
+            yield index, [(table, self._tables[table][1]) for *_, table in tables]
 
     def users(self, clusters: Collection[int]) -> dict[int, Sequence[Owner]]:
         """Whose tables or data lie in each of these clusters."""

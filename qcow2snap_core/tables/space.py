@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 
 from ..errors import ImageError
 from ..format import ondisk as q
+from ..format.refcounts import past_end
 from ..format.snapshots import Identity, Snapshot
 from ..image.image import Image
 from ..image.tablereader import TableReader
@@ -127,6 +128,7 @@ class _Space:
         self._asked = 2 * (len(mappings) - 1 if members is None else 1)  # accounts below this
         self._any = mappings[0]  # L2 tables are read alike whoever leads to them
         self._compressed = False
+        self._end = past_end(image.storage, image.header.cluster_size)
 
     def count(self) -> None:
         for tables in self._columns():
@@ -203,6 +205,8 @@ class _Space:
                 self._compressed |= bool(streams) and 0 <= account < self._asked
                 if not self._image.header.has_data_file:
                     clusters.setdefault(account, set()).update(offsets)
+                    if 0 <= account < self._asked and max(offsets, default=0) >= self._end:
+                        self.unknown.add(account >> 1)  # nothing is there that could be freed
             yield clusters
 
     def _count_streams(self) -> None:

@@ -16,29 +16,27 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from ..errors import ImageError, StorageError, shown
+from ..errors import ImageError, shown
 from ..format import ondisk as q
 from ..format.snapshot_table import Table
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
-from ..image.extents import ALLOCATED, Extent
 from ..image.image import Image
 from ..image.opener import open_image
 from ..storage.locks import ensure_not_written
-from ..tables.check import check
 from ..tables.diff import changes
-from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
 from ..util.progress import Advance, progress
 from .chains import check_local, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
-from .mover import whole
-from .newimage import NewImage, Shape
+from .mover import Plan, whole
+from .newimage import NewImage, Shape, new_image
 from .outputs import output, permissions
+from .overlays import shape_of
 from .room import check_space
-from .verify import check_size, compare, reading
+from .verify import State, check_described, check_sound, compare_state, reading
 
 COMPACT_TARGETS: Final = Kind.FILE
 
@@ -64,11 +62,8 @@ def compact(
     with output(out, most=permissions(image.files), replace=place.replace) as part:
         needed = sum(os.stat(file.path).st_blocks * 512 for file in image.files[:1])
         check_space(os.path.dirname(part), needed, f"compacting {shown(image.path)}")
-        fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            _write(image, table, NewImage(out, fd, shape), shape, compress is not None)
-        finally:
-            os.close(fd)
+        with new_image(part, out, shape) as new:
+            _write(image, table, new, shape, compress is not None)
         _check_unchanged(image, table)
         if verify:
             with open_image(part, reading(image, below=True)) as written:
@@ -85,17 +80,10 @@ def _warn_of_losses(image: Image, warn: Warn) -> None:
 
 
 def _shape(image: Image, out: str, compress: str | None) -> Shape:
-    header = image.header
-    backing = (b"", b"")
-    if header.backing_file is not None:
-        name, form = kept_backing(image, os.path.dirname(os.path.realpath(out)))
-        backing = os.fsencode(name), form.encode()
-    return Shape(
-        header.cluster_bits,
-        header.extended_l2,
-        header.compression if compress is None else COMPRESSIONS[compress],
-        *backing,
-    )
+    shape = shape_of(image)
+    if image.header.backing_file is not None:
+        shape = shape.over(kept_backing(image, os.path.dirname(os.path.realpath(out))))
+    return shape if compress is None else shape._replace(compression=COMPRESSIONS[compress])
 
 
 def _states(image: Image, table: Table) -> Iterator[tuple[Snapshot | None, Disk, Disk | None]]:
@@ -142,16 +130,8 @@ def compare_images(image: Image, written: Image, table: Table, out: str) -> None
     """Raises StorageError where the states of the two differ, in what is said of them or in a
     byte, and where the written one would not stand a write."""
     there = written.table()
-    for finding in check(written):
-        if finding.problem in (OVERLAP, NOT_COUNTED, IN_PLACE):  # a later write would find out
-            raise StorageError(f"{shown(out)} was written wrong: {finding.message}")
-    for ours, theirs in zip(table.snapshots, there.snapshots, strict=False):
-        if _described(ours) != _described(theirs):
-            raise StorageError(f"snapshot {shown(ours.name)} of {shown(out)} was written wrong")
-    if len(there.snapshots) != len(table.snapshots):
-        raise StorageError(
-            f"{shown(out)} was written wrong: it has {len(there.snapshots)} snapshots"
-        )
+    check_sound(written, out)  # a later write would find out
+    check_described(table.snapshots, there, out)
     total = sum(disk.size for _, disk, _ in _states(image, table))
     total += sum(s.vm_state_size for s in table.snapshots)
     before: tuple[Disk, Disk] | None = None
@@ -165,32 +145,11 @@ def compare_images(image: Image, written: Image, table: Table, out: str) -> None
             before = old, new
 
 
-def _described(s: Snapshot) -> tuple[object, ...]:
-    """All that an entry says but where its table is."""
-    return (
-        s.id,
-        s.name,
-        s.date_sec,
-        s.date_nsec,
-        s.vm_clock_nsec,
-        s.vm_state_size,
-        s.disk_size,
-        s.icount,
-    )
-
-
 def _compare(
     old: Disk, new: Disk, before: tuple[Disk, Disk] | None, what: str, advance: Advance
 ) -> None:
-    check_size(old.size, new.size, what)
-    if before is None:
-        compare(old, lambda: whole(old), new, what, advance)
-        return
-    for pair in ((before[0], old), (before[1], new)):
-        compare(old, partial(_to_compare, *pair), new, what, lambda _: None)
-    advance(old.size)
-
-
-def _to_compare(before: Disk, now: Disk) -> Iterator[Extent]:
-    """Where one image says that the states differ; with what, the other may see otherwise."""
-    return (extent._replace(type=ALLOCATED) for extent in changes(before, now))
+    state = State("", old.size, old, partial(whole, old))
+    differs: list[Plan] = []
+    if before is not None:
+        differs = [partial(changes, before[0], old), partial(changes, before[1], new)]
+    compare_state(state, new, differs, what, advance)

@@ -15,6 +15,7 @@ from ..util.units import binary
 from .destinations import Destination
 from .job import Job, Warn, warn_of_encryption
 from .mover import Amount
+from .salvage import Salvage
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,18 @@ def copy(
     *,
     verify: bool = True,
     vm_state: bool = False,
+    salvage: Salvage | None = None,
 ) -> Copied:
     """Make ``to`` hold the disk ``new``; with ``since``, which it holds now, only what differs.
 
     ``verify``: what is not written by this program alone is read back and compared.  ``vm_state``:
-    ``new`` is the saved state of a machine.
+    ``new`` is the saved state of a machine.  ``salvage``: of ``new``, for a :class:`.SalvagedFile`.
     Raises UsageError before anything is written when the target will not do, otherwise what
     :meth:`.Disk.pread_into` raises, StorageError when the target fails.
     """
     began = time.monotonic()
     to.place.ensure_apart(image.files)
-    job = Job(image, new, since, verify=verify, vm_state=vm_state)
+    job = Job(image, new, since, verify=verify, vm_state=vm_state, salvage=salvage)
     warn_of_encryption(image, warn)
     to.take(job)
     return Copied(job.amount, time.monotonic() - began)

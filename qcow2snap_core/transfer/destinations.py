@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from ..errors import UsageError, shown
+from ..util.wording import COMMAND, Wording
 from .devices import Device, Export
 from .job import Job
 from .judge import ENDING, STANDARD_OUTPUT, Kind, Place, judge
@@ -40,14 +41,20 @@ class Destination(Protocol):
 
 
 def new_copy(
-    target: str, *, form: str | None = None, compress: str | None = None, replace: bool = False
+    target: str,
+    *,
+    form: str | None = None,
+    compress: str | None = None,
+    replace: bool = False,
+    words: Wording = COMMAND,
 ) -> Destination:
     """For all of a disk.  ``form`` is one of FORMATS, else the target's name decides;
-    ``compress`` how the clusters of a qcow2 file are; ``replace``: a file that is there is.
+    ``compress`` how the clusters of a qcow2 file are; ``replace`` and ``words`` as for
+    :func:`.judge`.
 
     Raises UsageError when the target will not do.
     """
-    place = judge(target, _NEW, replace=replace)
+    place = judge(target, _NEW, replace=replace, words=words)
     if place.kind is Kind.FILE:
         if (form or form_of(target)) == "qcow2":
             return Qcow2File(place, compress)

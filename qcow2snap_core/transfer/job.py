@@ -18,6 +18,7 @@ from ..util.progress import progress
 from .mover import THREADS, THREADS_REMOTE, Plan, count, transfer, whole
 from .outputs import permissions
 from .records import Record, held
+from .salvage import Salvage
 from .targets import Target
 from .verify import Differs, Readable, compare
 
@@ -36,14 +37,19 @@ class Job:
         *,
         verify: bool = True,
         vm_state: bool = False,
+        salvage: Salvage | None = None,
     ) -> None:
         """``verify``: compare what other programs, servers or devices wrote; ``vm_state``: the disk
-        is one, of which no record is kept.  Raises what the tables' damage raises."""
+        is one, of which no record is kept; ``salvage``: the disk, where it need not be read whole.
+        Raises what the tables' damage raises."""
         self.image = image
         self.new = new
         self.since = since
         self.verify = verify
+        self.salvage = salvage
         self.plan: Plan = (lambda: whole(new)) if since is None else (lambda: changes(since, new))
+        if salvage is not None:
+            self.plan = salvage.plan
         self.amount = count(self.plan)
         self.threads = THREADS_REMOTE if is_uri(image.path) else THREADS
         self._vm_state = vm_state
@@ -60,7 +66,7 @@ class Job:
     def move(self, target: Target) -> None:
         """Write all of it to the target, and bring it to the disk."""
         with progress("copying", self.amount.data) as bar:
-            transfer(self.new, self.plan, target, bar, self.threads)
+            transfer(self.salvage or self.new, self.plan, target, bar, self.threads)
 
     def compare(self, found: Readable, name: str) -> None:
         """Raises Differs unless what was written is there."""

@@ -26,9 +26,12 @@ from ..storage.ground import mount_of
 from ..storage.libnbd import absolute, is_uri, without_secrets
 from ..storage.local import Storage, inode, kind_name
 from ..storage.samefile import ensure_apart
+from ..util.wording import COMMAND, Wording
+from .manifest import NAME as MANIFEST
 
-#: How the names of the qcow2 files end that are made here.
+#: How the names of the files end that are made here: qcow2 files, and raw ones of VM states.
 ENDING: Final = ".qcow2"
+VM_STATE: Final = ".vmstate"
 
 _BLKROGET: Final = 0x125E  # linux/fs.h: is it read-only?
 
@@ -79,10 +82,19 @@ class Place:
                 _check_not_inside(files, self.path, self.name)
 
 
-def judge(name: str, accepts: Kind, *, replace: bool = False, in_place: bool = False) -> Place:
+def judge(
+    name: str,
+    accepts: Kind,
+    *,
+    replace: bool = False,
+    in_place: bool = False,
+    words: Wording = COMMAND,
+) -> Place:
     """What the name means as a target.
 
-    ``replace``: what is there may be replaced.  ``in_place``: a file that is there is written into.
+    ``replace``: what is there may be replaced.  ``in_place``: a file or directory that is there is
+    written into.
+    ``words``: of whoever gave the name, for error lines.
     Raises UsageError, also when what is there is not of a kind that is accepted.
     """
     if name == STANDARD_OUTPUT and Kind.STREAM in accepts:
@@ -110,8 +122,8 @@ def judge(name: str, accepts: Kind, *, replace: bool = False, in_place: bool = F
         path = name  # that of a pipe is no path
     elif not os.path.exists(path) or inode(os.stat(path)) != inode(status):
         raise UsageError(f"{shown(name)} is open, but has no name any more: give {wanted}")
-    if kind is Kind.DIRECTORY:
-        replace = _check_directory(name, path, status, replace)
+    if kind is Kind.DIRECTORY and not in_place:
+        replace = _check_directory(name, path, status, replace, words)
     elif not os.access(path, os.W_OK, effective_ids=True):
         raise UsageError(f"{shown(name)} may not be written: {_why_not(path)}")
     elif kind is Kind.DEVICE:
@@ -119,7 +131,7 @@ def judge(name: str, accepts: Kind, *, replace: bool = False, in_place: bool = F
     if kind in Kind.FILE | Kind.DIRECTORY and not in_place:
         _check_replaceable(name, path, status)
         if kind is Kind.FILE and not replace:
-            raise UsageError(f"{shown(name)} is there already: add --force to replace it")
+            raise UsageError(f"{shown(name)} is there already: {_to_replace(words)} it")
     return Place(name, kind, path, replace=replace)
 
 
@@ -142,7 +154,7 @@ def _new(name: str, accepts: Kind) -> Place:
         raise UsageError(f"there is no directory {shown(directory)}: make it first") from None
     except OSError as e:
         raise UsageError(f"{shown(directory)}: {reason(e)}") from e
-    _check_parent(parent)
+    ensure_writable(parent)
     return Place(name, kind, os.path.join(parent, last), new=True)
 
 
@@ -154,7 +166,13 @@ def _standard_output() -> Place:
     return Place("standard output", Kind.STREAM, STANDARD_OUTPUT)
 
 
-def _check_directory(name: str, path: str, status: os.stat_result, replace: bool) -> bool:
+def _to_replace(words: Wording) -> str:
+    return f"add {words.flag('force')} to replace"
+
+
+def _check_directory(
+    name: str, path: str, status: os.stat_result, replace: bool, words: Wording
+) -> bool:
     """Returns whether there is something in it that is to be replaced: files as a split makes them
     and no others, since all else would be lost too."""
     try:
@@ -162,7 +180,8 @@ def _check_directory(name: str, path: str, status: os.stat_result, replace: bool
     except OSError as e:
         raise UsageError(f"cannot look into {shown(name)}: {reason(e)}") from e
     for entry in found:
-        ours = entry.name.endswith(ENDING) and entry.is_file(follow_symlinks=False)
+        ours = entry.name.endswith((ENDING, VM_STATE)) or entry.name == MANIFEST
+        ours = ours and entry.is_file(follow_symlinks=False)
         if replace and not ours:
             raise UsageError(
                 f"{shown(name)} is not replaced, since {shown(entry.name)} in it is no overlay: "
@@ -170,8 +189,8 @@ def _check_directory(name: str, path: str, status: os.stat_result, replace: bool
             )
     if found and not replace:
         raise UsageError(
-            f"{shown(name)} is not empty: give a directory that is, or none, or add --force to "
-            f"replace the overlays in it"
+            f"{shown(name)} is not empty: give a directory that is, or none, or "
+            f"{_to_replace(words)} the overlays in it"
         )
     if inode(status) == inode(os.stat(".")):
         # It will be another directory of this name, and whoever is in this one is in none.
@@ -200,7 +219,7 @@ def _check_device(name: str, path: str) -> None:
 def _check_replaceable(name: str, path: str, status: os.stat_result) -> None:
     """Whether something else may be renamed over it."""
     parent = os.path.dirname(path)
-    _check_parent(parent)
+    ensure_writable(parent)
     if mount_of(path) != mount_of(parent):
         raise UsageError(f"{shown(name)} is a mount point, which cannot be replaced")
     above = os.stat(parent)
@@ -212,7 +231,8 @@ def _check_replaceable(name: str, path: str, status: os.stat_result) -> None:
         )
 
 
-def _check_parent(parent: str) -> None:
+def ensure_writable(parent: str) -> None:
+    """Raises UsageError for a directory in which nothing can be made."""
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise UsageError(f"cannot write into the directory {shown(parent)}: {_why_not(parent)}")
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby, islice
 from typing import Final, NamedTuple, Protocol
@@ -137,15 +137,17 @@ def transfer(source: Source, plan: Plan, target: Target, bar: Bar, threads: int 
 
     if target.foreign:
         for kind in (HOLE_ZERO, ALLOCATED):
-            spread(_blocks(_only(kind, plan())), writer, threads)
+            spread(by_block(_only(kind, plan())), writer, threads)
             target.flush()
         return
-    spread(_blocks(plan()), writer, threads)
+    spread(by_block(plan()), writer, threads)
     bar.now("waiting for the disk")
     target.flush()
 
 
-def ordered(source: Source, plan: Plan, threads: int = THREADS) -> Iterator[memoryview]:
+def ordered(
+    source: Source, plan: Plan, threads: int = THREADS
+) -> Generator[memoryview, None, None]:
     """All bytes of a plan without gaps, in order, each piece until the next is asked for.
 
     As many pieces as there are threads are read ahead.  Raises what reading raises, where it is.
@@ -199,7 +201,7 @@ def cut(extents: Iterable[Extent]) -> Iterator[Extent]:
             at = stop
 
 
-def _blocks(extents: Iterable[Extent]) -> Iterator[Block]:
+def by_block(extents: Iterable[Extent]) -> Iterator[Block]:
     """The pieces by the block in which they begin; none goes on into a block where others are."""
     for _, block in groupby(cut(extents), lambda piece: piece.offset // PIECE):
         yield list(block)

@@ -17,6 +17,8 @@ import struct
 import sys
 from array import array
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 from ..errors import StorageError, UsageError, reason, shown
@@ -40,6 +42,11 @@ class Shape(NamedTuple):
     def cluster_size(self) -> int:
         return 1 << self.cluster_bits
 
+    def over(self, backing: tuple[str, str] | None) -> Shape:
+        """The same over a backing file, of which the name and the format are given."""
+        name, form = backing or ("", "")
+        return self._replace(backing_file=os.fsencode(name), backing_format=form.encode())
+
     @property
     def entry_words(self) -> int:
         """64-bit words of an L2 entry."""
@@ -54,6 +61,16 @@ class Shape(NamedTuple):
     def bytes_per_l1_entry(self) -> int:
         """Guest bytes behind one L1 entry."""
         return self.l2_entries * self.cluster_size
+
+
+@contextmanager
+def new_image(part: str, name: str, shape: Shape) -> Iterator[NewImage]:
+    """One in the empty file at ``part``; ``name`` is what it is going to be called."""
+    fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield NewImage(name, fd, shape)
+    finally:
+        os.close(fd)
 
 
 class NewImage:
@@ -108,6 +125,13 @@ class NewImage:
         offset = self.allocate(self._size)
         self.write(_big_endian(words), offset)
         return offset
+
+    def read_l2(self, offset: int) -> array[int]:
+        """The words of an L2 table that was written."""
+        try:
+            return q.integers(os.pread(self._fd, self._size, offset))
+        except OSError as e:
+            raise self._failed(e) from e
 
     # --- What is in the image ---
 
@@ -185,7 +209,7 @@ class NewImage:
                 counts[cluster] = 1
         for table, times in tables.items():
             counts[table // self._size] = times
-            for entry in self._read_l2(table)[:: self._shape.entry_words]:
+            for entry in self.read_l2(table)[:: self._shape.entry_words]:
                 for cluster in self._clusters(entry):
                     counts[cluster] += times
         return counts
@@ -213,7 +237,7 @@ class NewImage:
         for table, times in tables.items():
             if times > 1:
                 continue  # what it leads to is referred to as often
-            words = self._read_l2(table)
+            words = self.read_l2(table)
             for i in range(0, len(words), self._shape.entry_words):
                 entry = words[i]
                 host = entry & q.OFFSET_MASK
@@ -282,12 +306,6 @@ class NewImage:
                 f"first cluster of {shown(self._path)}"
             )
         return raw
-
-    def _read_l2(self, offset: int) -> array[int]:
-        try:
-            return q.integers(os.pread(self._fd, self._size, offset))
-        except OSError as e:
-            raise self._failed(e) from e
 
     def _failed(self, e: OSError) -> StorageError:
         return StorageError(f"writing {shown(self._path)} failed: {reason(e)}")

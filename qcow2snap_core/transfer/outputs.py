@@ -31,7 +31,6 @@ import re
 import secrets
 import shutil
 import stat
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -41,8 +40,8 @@ from typing import Final
 from ..errors import UsageError, reason, shown
 from ..storage.libnbd import is_uri
 from ..storage.local import Storage
+from ..storage.locks import of_byte
 
-_FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _BYTE: Final = 1 << 62
 _CREATE_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -68,7 +67,7 @@ def output(
     """
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
-    _clear(directory)
+    clear(directory)
     try:
         part, held = _begin(directory, is_directory)
     except OSError as e:
@@ -83,7 +82,25 @@ def output(
         raise
     finally:
         os.close(held)
-    _sync(directory)
+    sync(directory)
+
+
+@contextmanager
+def alone_in(directory: str) -> Iterator[None]:
+    """Nobody else does the same in that directory until the block ends; what killed ones have left
+    there is removed.  Raises UsageError when somebody does."""
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        try:
+            _lock(fd, fcntl.F_WRLCK, unless_impossible=True)
+        except BlockingIOError:
+            raise UsageError(
+                f"{shown(directory)} is being written by another command: wait for its end"
+            ) from None
+        clear(directory)
+        yield
+    finally:
+        os.close(fd)
 
 
 def permissions(files: Iterable[Storage]) -> int:
@@ -136,7 +153,7 @@ def _give_name(part: str, path: str, is_directory: bool, replace: bool) -> None:
             _rename(part, path, _NOREPLACE)
         except FileExistsError:
             raise UsageError(
-                f"{shown(path)} was made by somebody else meanwhile: add --force to replace it"
+                f"{shown(path)} was made by somebody else meanwhile: it was left alone, start again"
             ) from None
         except OSError as e:
             if e.errno not in _UNKNOWN:
@@ -166,11 +183,12 @@ def _settle(path: str) -> None:
     """Bring it to the disk, so that after a crash the name does not lead to less."""
     if os.path.isdir(path):
         for entry in os.scandir(path):
-            _sync(entry.path)
-    _sync(path)
+            sync(entry.path)
+    sync(path)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Bring a file or directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -204,7 +222,7 @@ def _begin(directory: str, is_directory: bool) -> tuple[str, int]:
         os.close(fd)  # somebody's cleaning was quicker, and removes it
 
 
-def _clear(directory: str) -> None:
+def clear(directory: str) -> None:
     """Remove what killed processes have left."""
     with suppress(OSError):
         for name in os.listdir(directory):
@@ -233,7 +251,7 @@ def _lock(fd: int, kind: int, unless_impossible: bool = False) -> None:
         if stat.S_ISDIR(mode):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif stat.S_ISREG(mode):
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _BYTE, 1, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, of_byte(kind, _BYTE))
         else:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     except OSError as e:

@@ -45,7 +45,7 @@ class NewFile:
         record = job.record()
         with output(path, most=job.permissions, replace=self.place.replace) as part:
             check_space(os.path.dirname(part), job.amount.data, f"copying to {shown(path)}")
-            with _opened(part) as fd:
+            with opened(part) as fd:
                 os.ftruncate(fd, job.new.size)
                 job.move(RawTarget(path, fd, empty=True))
                 kept = record is not None and keep(fd, record)
@@ -63,7 +63,7 @@ class UpdatedFile:
         path = self.place.name
         _make_sure(path, job, self._base)
         record = job.record()
-        with output(path, replace=True) as part, _opened(part) as fd:
+        with output(path, replace=True) as part, opened(part) as fd:
             _clone(path, fd, job.amount.data)
             os.ftruncate(fd, job.new.size)
             job.move(RawTarget(path, fd))
@@ -84,7 +84,7 @@ class FileInPlace:
         assert job.since is not None
         record = Record(held(job.new))
         under_way = record._replace(since=held(job.since), between=True)
-        with _opened(path) as fd:
+        with opened(path) as fd:
             keep_in(path, fd, under_way)
             with partly_written(path):
                 if os.fstat(fd).st_size < job.new.size:
@@ -138,7 +138,8 @@ def _clone(path: str, fd: int, more: int) -> None:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
+def opened(path: str) -> Iterator[int]:
+    """The file, open for reading and writing until the block ends.  Raises UsageError."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:

@@ -46,6 +46,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ImageError, StorageError, escaped, shown
 from ..image.disk import Disk
+from . import strict
 
 _VERSION: Final = 1
 MOST: Final = 4096  # bytes of a record
@@ -133,44 +134,27 @@ def parse(raw: bytes) -> Record:
     """What the bytes of a record say.  Raises ValueError."""
     if len(raw) > MOST:
         raise ValueError(f"it has more than {MOST} bytes")
-    try:
-        # UTF-8 and so on are refused, and so is what Python alone takes for JSON.
-        fields = json.loads(raw.decode("ascii"), object_pairs_hook=_object, parse_constant=_no)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+    fields = strict.loads(raw)
     if not isinstance(fields, dict) or type(fields.get("version")) is not int:
         raise ValueError("it has no version")
     if fields["version"] != _VERSION:
         raise ValueError(f"its version is {str(fields['version'])[:20]}, not {_VERSION}")
-    if set(fields) != {"version", "state", "holds", "since", "size", "mtime-ns"}:
-        raise ValueError("its fields are not those of a record")
+    strict.fields(fields, {"version", "state", "holds", "since", "size", "mtime-ns"}, "record")
     if fields["state"] not in ("whole", "between"):
         raise ValueError("its state is unknown")
     between = fields["state"] == "between"
     holds, since = _snapshot(fields["holds"]), _snapshot(fields["since"])
     if since is not None and not between:
         raise ValueError("it is whole and between")
-    size, mtime = _integer(fields["size"], 0), _integer(fields["mtime-ns"], -(1 << 63))
+    size, mtime = strict.integer(fields["size"], 0), strict.integer(fields["mtime-ns"], -(1 << 63))
     return Record(holds, since, between, size, mtime)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a field is there twice")
-    return found
-
-
-def _no(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def _snapshot(fields: Any) -> Held | None:
     if fields is None:
         return None
     names = {"id", "name", "date-sec", "date-nsec", "vm-clock-nsec", "digest"}
-    if not isinstance(fields, dict) or set(fields) != names:
-        raise ValueError("its fields are not those of a snapshot")
+    strict.fields(fields, names, "snapshot")
     for key in ("id", "name", "digest"):
         if not isinstance(fields[key], str) or len(fields[key]) > _MOST_TEXT:
             raise ValueError(f"{key} is no short text")
@@ -179,17 +163,11 @@ def _snapshot(fields: Any) -> Held | None:
     return Held(
         fields["id"],
         fields["name"],
-        _integer(fields["date-sec"], 0, 1 << 32),
-        _integer(fields["date-nsec"], 0, 1 << 32),
-        _integer(fields["vm-clock-nsec"], 0, 1 << 64),
+        strict.integer(fields["date-sec"], 0, 1 << 32),
+        strict.integer(fields["date-nsec"], 0, 1 << 32),
+        strict.integer(fields["vm-clock-nsec"], 0, 1 << 64),
         fields["digest"],
     )
-
-
-def _integer(value: Any, least: int, limit: int = 1 << 63) -> int:
-    if type(value) is not int or not least <= value < limit:
-        raise ValueError("a number is out of bounds")
-    return value
 
 
 def text(record: Record) -> bytes:

@@ -22,9 +22,12 @@ def check_space(directory: str, needed: int, what: str) -> None:
         )
 
 
-def check_room(plans: Iterable[tuple[int, Plan]], cluster: int, directory: str, what: str) -> int:
+def check_room(
+    plans: Iterable[tuple[int, Plan]], cluster: int, directory: str, what: str, spared: int = 0
+) -> int:
     """The bytes of data in plans for disks of a size, each of which goes into a qcow2 file, or over
-    the one before in the same.  Raises UsageError when the directory has no room for them."""
+    the one before in the same; ``spared`` are those that compressing saves.  Raises UsageError when
+    the directory has no room for them."""
     per_table = cluster * cluster // 16  # what one L2 table maps, at the least
     data = needed = 0
     for size, plan in plans:
@@ -39,5 +42,5 @@ def check_room(plans: Iterable[tuple[int, Plan]], cluster: int, directory: str, 
                 data += length
                 clusters += (offset + length - 1) // cluster - offset // cluster + 1
         needed += clusters * cluster * 513 // 512  # a refcount for each, of up to 16 bits
-    check_space(directory, needed, what)
+    check_space(directory, needed - spared, what)
     return data

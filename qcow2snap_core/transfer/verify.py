@@ -13,16 +13,21 @@ written to anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from ..errors import StorageError, shown
 from ..format.choosing import summary
+from ..format.snapshot_table import Table
+from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
 from ..image.image import Image
 from ..image.opener import Options, open_image
 from ..storage.local import Buffer
+from ..tables.check import check
 from ..tables.diff import changes
+from ..tables.findings import IN_PLACE, NOT_COUNTED, OVERLAP
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from ..util.workers import spread
@@ -168,6 +173,60 @@ def compare(
         return do
 
     spread(_to_read(plan, found, advance), comparer, threads)
+
+
+def compare_state(
+    state: State, found: Disk, differs: Sequence[Plan], what: str, advance: Advance
+) -> None:
+    """Compare a state with what was found, ``what`` in error lines.
+
+    ``differs``: where either side says that it differs from another state that was compared before
+    and that it was written over; everywhere else both are what that is.  Without any, everything.
+    """
+    check_size(state.size, found.size, what)
+    if not differs:
+        compare(state.source, state.plan, found, what, advance)
+        return
+    for plan in differs:
+        compare(state.source, partial(_as_data, plan), found, what, lambda _: None)
+    advance(state.size)
+
+
+def _as_data(plan: Plan) -> Iterator[Extent]:
+    """To be read whatever one side says of it: the other may see otherwise."""
+    return (extent._replace(type=ALLOCATED) for extent in plan())
+
+
+def check_sound(image: Image, name: str) -> None:
+    """Raises StorageError when an image that was written, and is going to have that name, would not
+    stand a write."""
+    for finding in check(image):
+        if finding.problem in (OVERLAP, NOT_COUNTED, IN_PLACE):
+            raise StorageError(f"{shown(name)} was written wrong: {finding.message}")
+
+
+def described(s: Snapshot) -> tuple[object, ...]:
+    """All that an entry says but where its table is."""
+    return (
+        s.id,
+        s.name,
+        s.date_sec,
+        s.date_nsec,
+        s.vm_clock_nsec,
+        s.vm_state_size,
+        s.disk_size,
+        s.icount,
+    )
+
+
+def check_described(expected: Sequence[Snapshot], found: Table, name: str) -> None:
+    """Raises StorageError unless the snapshots of what is going to have that name are those, in
+    all that their entries say."""
+    for ours, theirs in zip(expected, found.snapshots, strict=False):
+        if described(ours) != described(theirs):
+            raise StorageError(f"snapshot {shown(ours.name)} of {shown(name)} was written wrong")
+    if len(found.snapshots) != len(expected):
+        raise StorageError(f"{shown(name)} was written wrong: {summary(found.snapshots)}")
 
 
 def check_size(expected: int, found: int, what: str) -> None:

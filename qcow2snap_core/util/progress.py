@@ -52,10 +52,10 @@ class Bar:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Bar]:
-    """Show a bar of ``total`` bytes until the block ends."""
+def progress(what: str, total: int, unit: str | None = None) -> Iterator[Bar]:
+    """Show a bar of ``total`` bytes, or of what else ``unit`` says, until the block ends."""
     shown = not _silent.get() and sys.stderr.isatty()
-    drawn = _drawn(what, total) if shown else None
+    drawn = _drawn(what, total, unit) if shown else None
     try:
         yield Bar(drawn)
     finally:
@@ -63,7 +63,7 @@ def progress(what: str, total: int) -> Iterator[Bar]:
             drawn.close()
 
 
-def _drawn(what: str, total: int) -> Any:
+def _drawn(what: str, total: int, unit: str | None) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -72,8 +72,8 @@ def _drawn(what: str, total: int) -> Any:
     return tqdm(
         desc=what,
         total=total,
-        unit="B",
-        unit_scale=True,
+        unit="B" if unit is None else f" {unit}",
+        unit_scale=unit is None,
         unit_divisor=1024,
         dynamic_ncols=True,
         leave=False,

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes and numbers as people write and read them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,22 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """A time in seconds, more than none: ``30``, ``0.5``.  Raises UsageError."""
+    import re
+
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) and float(text) > 0:
+        return float(text)
+    raise UsageError(f"{text!r} is no time: give seconds, more than 0, like 30 or 0.5")
+
+
 def binary(size: int) -> str:
     """A size for people, as ``qemu-img`` writes it: ``0 B``, ``1.5 GiB``."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     step = max((size * 1024 // 1000).bit_length() - 1, 0) // 10  # 1000 B is 0.977 KiB
     return f"{size / (1 << 10 * step):.3g} {units[step]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

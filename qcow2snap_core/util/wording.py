@@ -21,6 +21,10 @@ class Wording(Protocol):
         """A setting with its value, which is one line already."""
         ...
 
+    def flag(self, key: str) -> str:
+        """A setting that is on."""
+        ...
+
     def passphrase(self, layer: int) -> str:
         """How the passphrase of a layer is given; 0 is the image, 1 its backing file."""
         ...
@@ -38,6 +42,9 @@ class _Plugin:
     def given(self, key: str, value: str) -> str:
         return f"{key}={value}"
 
+    def flag(self, key: str) -> str:
+        return self.given(key, "true")
+
     def passphrase(self, layer: int) -> str:
         return self.given(passphrase_key(layer), "+FILE")
 
@@ -49,6 +56,9 @@ class _Command(_Plugin):
     def given(self, key: str, value: str) -> str:
         return f"--{key} {value}"
 
+    def flag(self, key: str) -> str:
+        return self.name(key)
+
 
 class _Library:
     def name(self, key: str) -> str:
@@ -58,6 +68,9 @@ class _Library:
     def given(self, key: str, value: str) -> str:
         literal = f"'{value}'"
         return f"{self.name(key)}=" + (f"[{literal}]" if key.startswith("allow-") else literal)
+
+    def flag(self, key: str) -> str:
+        return f"{'replace' if key == 'force' else self.name(key)}=True"
 
     def passphrase(self, layer: int) -> str:
         return f"passphrase={{{layer}: SECRET}}" if layer else "passphrase=SECRET"

@@ -49,8 +49,8 @@ def test_plain_forgets_the_sector_numbers_upper_half(
     mode: str, generator: str, wraps: bool
 ) -> None:
     """It shows past 2 TiB only, where no test image reaches (QEMU: qcrypto_ivgen_plain)."""
-    parsed = luks._parse_cipher("aes", f"{mode}-{generator}", 32)
-    assert isinstance(parsed, luks._Cipher)
+    parsed = luks.parse_cipher("aes", f"{mode}-{generator}", 32)
+    assert isinstance(parsed, luks.CipherChoice)
     cipher = parsed.make(bytes(range(32)))
     near, far = bytearray(512), bytearray(512)
     cipher.decrypt(memoryview(near), 7)
@@ -78,7 +78,7 @@ def split(key: bytes, hash_name: str) -> bytes:
 @pytest.mark.parametrize("size", [16, 32, 48, 64])
 def test_the_stripes_merge_to_the_key(hash_name: str, size: int) -> None:
     key = bytes(range(size))
-    assert luks._merge(bytearray(split(key, hash_name)), size, hash_name) == key
+    assert luks.merge(bytearray(split(key, hash_name)), size, hash_name) == key
 
 
 def test_the_passphrase_opens_it(area: bytes) -> None:

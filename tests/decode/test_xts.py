@@ -39,7 +39,7 @@ def decrypt(way: str, key: bytes, data: bytes, sector: int, generator: Any = Non
         sectors._few = None
         sectors.decrypt(view, sector)
     else:
-        {"openssl": xts._OpenSsl, "library": xts._Library}[way](key).decrypt(view, ivs)
+        {"openssl": xts.OpenSsl, "library": xts.Library}[way](key).decrypt(view, ivs)
     return bytes(view)
 
 
@@ -97,7 +97,7 @@ def test_without_one_way_the_others_do(
     if missing == "numpy":
         monkeypatch.setattr(xts, "_numpy", lambda: None)
     else:
-        monkeypatch.setattr(xts, "_few_sectors", xts._Library)
+        monkeypatch.setattr(xts, "_few_sectors", xts.Library)
     key = bytes(range(32))
     data = bytearray(encrypt(key, bytes(count * SECTOR), Plain(64).ivs(3, count)))
     xts.XtsSectors(key, Plain(64)).decrypt(memoryview(data), 3)

@@ -80,6 +80,14 @@ def test_snapshots_do_not_mind(disk: Path, name: str) -> None:
         qcow2snap(*line)
 
 
+def test_check_says_that_it_may_be_changing(disk: Path) -> None:
+    with opened(disk):
+        done = run("check", disk)
+    assert (done.returncode, done.stdout) == (0, "no damage found\n")
+    assert done.stderr.startswith(f"qcow2snap: '{disk}' is in use, a QEMU has it open for writing")
+    assert qcow2snap("check", disk) == "no damage found\n"
+
+
 def test_a_running_storage_daemon(disk: Path, tmp_path: Path) -> None:
     node = f"driver=qcow2,node-name=n,file.driver=file,file.filename={disk}"
     pid = tmp_path / "pid"

@@ -200,3 +200,42 @@ def test_serve_wants_an_image(words: list[str]) -> None:
     done = run("serve", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert "required: FILE" in done.stderr
+
+
+def test_a_misspelt_command_is_guessed() -> None:
+    done = run("lsit", "disk.qcow2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "(did you mean list?)" in done.stderr
+    assert "lsit" not in done.stderr  # it may be a passphrase that lost its option
+
+
+# --- What is there already ---
+
+
+def test_replacing_is_told_as_the_command_spells_it(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("old")
+    assert "there already: add --force to replace it" in fails("copy", disk, 1, tmp_path / "out")
+
+
+def test_replacing_is_told_as_the_library_spells_it(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("old")
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "a.qcow2").write_text("old")
+    with qcow2snap_core.open(disk) as image:
+        with pytest.raises(qcow2snap_core.UsageError, match="add replace=True to replace it$"):
+            qcow2snap_core.copy(image.open("1"), tmp_path / "out")
+        with pytest.raises(qcow2snap_core.UsageError, match="or add replace=True to replace the"):
+            qcow2snap_core.split(image, tmp_path / "chain")
+
+
+@pytest.mark.parametrize("command", [["copy"], ["compact"], ["join"]])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_no_image_is_replaced_by_what_is_made_of_it(
+    disk: Path, tmp_path: Path, command: list[str], force: list[str]
+) -> None:
+    (tmp_path / "link").symlink_to(disk)
+    before = disk.read_bytes()
+    snapshot = ["1"] if command == ["copy"] else []
+    said = fails(*command, *force, disk, *snapshot, tmp_path / "link")
+    assert "is the image that is read: give another target" in said
+    assert disk.read_bytes() == before

@@ -46,7 +46,7 @@ def test_leaks_are_told_and_are_no_damage(disk: Path) -> None:
     host = qemu.field64(disk, damage.l2_entry(disk, "weekly", 64 * KiB)) & damage.OFFSET
     set_refcount(disk, host // (64 * KiB), 9)
     leak, clean = qcow2snap("check", disk).splitlines()
-    assert leak.startswith("leak: 1 clusters (64 KiB) are counted more often than used")
+    assert leak.startswith("leak: 1 cluster (64 KiB) counted more often than used")
     assert clean == "no damage found"
     [found] = qcow2snap_json("check", disk)
     assert (found["problem"], found["clusters"], found["snapshots"]) == ("leak", 1, [])

@@ -50,7 +50,7 @@ def test_a_cell_for_each_cluster(disk: Path) -> None:
         "2  tuesday  │╷█╵│···╵│··╷···",
         "   @active  ╵╵██╵····╵··╵···",
         "each character is 64 KiB:",
-        "█ its own  │ shared with older and newer  ╵ with older  ╷ with newer  · nothing stored",
+        "█ its own  │ with older and newer  ╵ with older  ╷ with newer  · nothing stored",
     ]
 
 
@@ -70,7 +70,7 @@ def test_ascii_where_that_is_all_there_is(disk: Path) -> None:
         r"2  d\xe9       |,#'|...'|..,...",
         "   @active  ''##'....'..'...",
         "each character is 64 KiB:",
-        "# its own  | shared with older and newer  ' with older  , with newer  . nothing stored",
+        "# its own  | with older and newer  ' with older  , with newer  . nothing stored",
     ]
 
 
@@ -199,3 +199,11 @@ def test_many_tables_behind_one_cell(tmp_path: Path) -> None:
     lines = strips(path, 21)
     assert lines[71] == "each character is 256 MiB:"
     assert {line[-8:] for line in lines[1:69]} == {"·█·│····"}
+
+
+def test_what_the_characters_mean_fits_the_terminal_too(disk: Path) -> None:
+    assert strips(disk, 40)[-3:] == [
+        "█ its own  │ with older and newer",
+        "╵ with older  ╷ with newer",
+        "· nothing stored",
+    ]

@@ -234,3 +234,32 @@ def test_refusals_leave_little_behind(tmp_path: Path) -> None:
         before = server.memory()
         refusals(300)
         assert server.memory() - before < 3 * MiB
+
+
+@pytest.mark.parametrize("option", [GO, INFO])
+def test_a_refused_client_is_told_what_it_got_wrong_but_no_path_of_the_host(
+    disk: Path, tmp_path: Path, option: int
+) -> None:
+    """nbdkit sends it the last line of the log since 1.42, and nothing before."""
+    image = tmp_path / "here.qcow2"
+    image.write_bytes(disk.read_bytes())
+    with serve(file=image, snapshot="s") as running:
+        asked = refusal(running, option, b"nope")
+        assert not asked or b"no export 'nope'" in asked
+        assert "no export 'nope'" in running.log
+        image.write_bytes(image.read_bytes()[:4096])  # no table any more
+        told = refusal(running, option, b"s")
+        assert not told or told.endswith(b"the server's log says why")
+        assert bytes(tmp_path) not in asked + told
+        assert f"{image}" in running.log
+        assert "Traceback" not in running.log
+
+
+def refusal(server: Server, option: int, name: bytes) -> bytes:
+    """What the server says with an error."""
+    with raw(server) as s:
+        send_option(s, option, go(name))
+        _, answered, kind, length = struct.unpack(">QIII", receive(s, 20))
+        assert answered == option
+        assert kind & 1 << 31, "it was opened"
+        return receive(s, length)

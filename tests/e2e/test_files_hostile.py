@@ -292,7 +292,7 @@ def test_ntfs_files_whose_content_is_elsewhere(tmp_path: Path) -> None:
     image = snapshot_of(raw)
     assert "reparse tag 0x80000017" in fails("cat", image, "one", "kernel.exe")
     said = extracted(image, "tsk", status=1)
-    assert said[-1] == "qcow2snap: 1 files could not be read: they are named above"
+    assert said[-1] == "qcow2snap: 1 file could not be read, as said above"
     assert below(tmp_path / "out" / "top") == ["plain"]
     assert qcow2snap("cat", image, "one", "PLAIN") == "plain"
 

@@ -84,6 +84,8 @@ def test_one_partition(tmp_path: Path) -> None:
     (tmp_path / "mbr").write_bytes(bytes(446) + entry + bytes(48) + b"\x55\xaa")
     qemu.io(path, f"write -s {tmp_path}/mbr 0 512", "write -P 7 64k 64k")
     qemu.take(path, "one")
+    said = command.fails("mount", "--partition", 2, path, "one", where)
+    assert said.endswith(": this disk has 1 partition: name one, --partition 1 (Linux, 64 KiB)")
     with started("mount", "--partition", 1, path, "one", where) as process:
         until((where / "disk").exists, process)
         assert (where / "disk").read_bytes() == b"\7" * 64 * KiB
@@ -129,7 +131,7 @@ def test_a_passphrase_of_two_lines_is_refused_and_not_cut(tmp_path: Path) -> Non
 REFUSED = {
     "no such snapshot": (["three", "mnt"], "it has 1 'one'"),
     "no such directory": (["one", "none"], "there is no directory"),
-    "no such partition": (["one", "mnt", "--partition", "1"], "partition"),
+    "no partitions": (["one", "mnt", "--partition", "1"], "has no partitions: leave out --part"),
 }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import command, qemu, secret
 from support.qemu import MiB
-from support.server import ROOT
+
+from qcow2snap_core import cli
+from qcow2snap_core.errors import StorageError
+from qcow2snap_core.transfer.newimage import NewImage
 
 
 @pytest.fixture
@@ -36,9 +38,11 @@ def made_of(image: Path, umask: int) -> dict[str, Path]:
         # It warns of the snapshots inside.
         assert command.run("join", image, directory / "joined.qcow2").returncode == 0
         command.qcow2snap("compact", image, directory / "compact.qcow2")
+        command.qcow2snap("backup", image, directory / "repository")
     finally:
         os.umask(before)
     overlays = ("chain/s.qcow2", "chain/active.qcow2")
+    overlays += ("chain/qcow2snap.json", "repository/1.qcow2", "repository/qcow2snap.json")
     names = ("out.raw", "out.qcow2", *overlays, "joined.qcow2", "compact.qcow2")
     return {name: directory / name for name in names}
 
@@ -87,8 +91,10 @@ def test_an_updated_copy_keeps_those_that_it_was_given(image: Path, tmp_path: Pa
     assert mode(out) == 0o640
 
 
-def test_nobody_else_may_read_it_before_it_is_whole(image: Path, tmp_path: Path) -> None:
-    """Looked at when qemu-nbd is started to write it."""
+def test_nobody_else_may_read_it_before_it_is_whole(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at when qemu-nbd is started to write it, or when the first bytes are."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "qemu-nbd").write_text(
@@ -96,20 +102,23 @@ def test_nobody_else_may_read_it_before_it_is_whole(image: Path, tmp_path: Path)
         f"find {tmp_path} -path '*.part/*' -perm /077 -print >>{tmp_path}/seen\nexit 1\n"
     )
     (tools / "qemu-nbd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+
+    def write(self: NewImage, data: bytes, offset: int) -> None:
+        subprocess.run(["qemu-nbd"], check=False)
+        raise StorageError("that is enough")
+
+    monkeypatch.setattr(NewImage, "write", write)
     for line in (
         ["copy", image, "s", tmp_path / "out.qcow2"],
+        ["compact", image, tmp_path / "small.qcow2"],
+        ["backup", image, tmp_path / "repository"],
         ["split", image, tmp_path / "chain"],
         ["join", image, tmp_path / "joined.qcow2"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "qcow2snap_core", *map(str, line)],
-            env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 1
+        assert cli.main([str(word) for word in line]) == 1
         assert (tmp_path / "seen").read_text() == ""
+        (tmp_path / "seen").unlink()
 
 
 @pytest.mark.parametrize("name", ["out.raw", "out.qcow2", "-"])

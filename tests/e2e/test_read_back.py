@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from support import command, qemu
 from support.qemu import KiB, MiB
 from support.remote import remote
+
+from qcow2snap_core.transfer.newimage import NewImage
 
 SIZE = 8 * MiB
 WRONG = 5 * MiB + 4321  # where a byte gets another value
@@ -34,49 +35,47 @@ def chain(image: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def wrong_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that leaves a wrong byte in what it has written."""
-    real = shutil.which("qemu-nbd")
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "qemu-nbd").write_text(
-        "#!/bin/sh\ntrap : TERM\n"  # libnbd sends it at the end; the real one ends by itself
-        f'sh -c \'LISTEN_PID=$$ exec {real} "$@"\' sh "$@"\n'
-        "status=$?\n"
-        "for image; do :; done\n"  # the last argument
-        f'qemu-io -f qcow2 -c "write -P 99 {WRONG} 1" "$image" >/dev/null\n'
-        "exit $status\n"
-    )
-    (tools / "qemu-nbd").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+def wrong_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that keeps another byte than it was given."""
+    real, large = NewImage.write, 2 * MiB
+    met = 0
+
+    def write(self: NewImage, data: bytes, offset: int) -> None:
+        nonlocal met
+        met += len(data) == large
+        if met == WRONG // large + 1 and len(data) == large:
+            changed = bytearray(data)
+            changed[WRONG % large] = 99
+            data = bytes(changed)
+        real(self, data, offset)
+
+    monkeypatch.setattr(NewImage, "write", write)
 
 
 def test_join_with_a_wrong_byte_leaves_nothing(
-    chain: Path, tmp_path: Path, wrong_qemu_nbd: None
+    chain: Path, tmp_path: Path, wrong_disk: None
 ) -> None:
     before = sorted(os.listdir(tmp_path))
     out = tmp_path / "out.qcow2"
-    line = command.fails("join", chain / "active.qcow2", out)
+    line = command.fails_here("join", chain / "active.qcow2", out)
     assert line.startswith(f"qcow2snap: snapshot 'first' of '{out}' differs from its source ")
     assert f"guest offset {WRONG:#x}" in line
     assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_split_with_a_wrong_byte_leaves_nothing(
-    image: Path, tmp_path: Path, wrong_qemu_nbd: None
+    image: Path, tmp_path: Path, wrong_disk: None
 ) -> None:
     before = sorted(os.listdir(tmp_path))
-    line = command.fails("split", image, tmp_path / "chain")
+    line = command.fails_here("split", image, tmp_path / "chain")
     assert f"'{tmp_path}/chain/first.qcow2' differs from its source at guest " in line
     assert f"offset {WRONG:#x}" in line
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_no_verify_leaves_the_comparison_out(
-    image: Path, tmp_path: Path, wrong_qemu_nbd: None
-) -> None:
+def test_no_verify_leaves_the_comparison_out(image: Path, tmp_path: Path, wrong_disk: None) -> None:
     chain, out = tmp_path / "chain", tmp_path / "out.qcow2"
-    command.qcow2snap("split", "--no-verify", image, chain)
+    command.here("split", "--no-verify", image, chain)
     expected = bytearray(qemu.content(image, "first"))
     expected[WRONG] = 99
     assert qemu.content(chain / "first.qcow2") == expected

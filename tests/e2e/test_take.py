@@ -24,6 +24,7 @@ import nbd
 import pytest
 from support import qemu
 from support.qemu import MiB
+from support.relay import relayed
 from support.server import ROOT
 
 TAKE = [sys.executable, "-m", "qcow2snap_core", "take"]
@@ -64,33 +65,6 @@ def qmp(disks: list[Path], tmp_path: Path) -> Iterator[Path]:
     """A running QEMU that was given relative names."""
     with storage_daemon(tmp_path, [disk.name for disk in disks]) as socket_path:
         yield socket_path
-
-
-@contextmanager
-def relayed(tmp_path: Path) -> Iterator[Path]:
-    """Another socket that leads to QEMU's.  Who asks the kernel learns of this process instead, as
-    where libvirt has made the socket, or QEMU runs in a container."""
-    path = tmp_path / "relay"
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        thread = threading.Thread(target=_relay, args=(server, tmp_path / "qmp"), daemon=True)
-        thread.start()
-        yield path
-        thread.join(20)
-
-
-def _relay(server: socket.socket, path: Path) -> None:
-    client, _ = server.accept()
-    with client, socket.socket(socket.AF_UNIX) as qemu_end:
-        qemu_end.connect(str(path))
-        other = {client: qemu_end, qemu_end: client}
-        while True:
-            for end in select.select(list(other), [], [])[0]:
-                data = end.recv(1 << 16)
-                if not data:
-                    return
-                other[end].sendall(data)
 
 
 class Agent:
@@ -192,7 +166,7 @@ def test_a_qemu_whose_open_files_cannot_be_seen(
 ) -> None:
     """An absolute name counts if the snapshot is in that file; a relative one is not guessed."""
     name = disks[0] if absolute else disks[0].name
-    with storage_daemon(tmp_path, [name]), relayed(tmp_path) as relay:
+    with storage_daemon(tmp_path, [name]), relayed(tmp_path, tmp_path / "qmp") as relay:
         done = take("--qmp", relay, "--device", "d0", "x")
     if absolute:
         assert read_through(done.stdout) == qemu.content(disks[0], "x")

@@ -324,3 +324,10 @@ def test_an_update_in_place_needs_the_file_alone(shared: Path) -> None:
     words = ["copy", shared / "disk.qcow2", "--since", "s", "--trust-base", "s", out]
     assert command.as_nobody(*words).returncode == 1
     assert command.as_nobody(*words, "--in-place").returncode == 0
+
+
+def test_extracting_into_a_closed_directory_is_refused_at_once(shared: Path) -> None:
+    shared.chmod(0o755)
+    done = command.as_nobody("extract", shared / "disk.qcow2", "s", "/etc", shared)
+    said = f"qcow2snap: cannot write into the directory '{shared}': permission denied\n"
+    assert (done.returncode, done.stderr) == (1, said)

@@ -1,54 +1,33 @@
-"""No image costs more memory or time than the limits in ondisk.py allow.
-
-Memory is counted with tracemalloc and work in look-ups or reads, so that nothing here depends on
-how fast the machine is.
+"""No snapshot table, and nothing that is kept of an image, takes more memory or time than limits
+in ondisk.py allow: counted, so that nothing here depends on how fast the machine is.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import qemu
 from support.devices import opened
+from support.memory import bounded
 from support.qemu import MiB
 from support.tables import Entry, write_table
 from support.turns import Watched
 
-from qcow2snap_core.decode.codecs import Zlib, Zstd
-from qcow2snap_core.decode.encryption import Encryption
-from qcow2snap_core.errors import ImageError
+from qcow2snap_core.decode.codecs import Zstd
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.snapshot_table import read_table, read_table_once
 from qcow2snap_core.format.snapshots import Snapshot
-from qcow2snap_core.image.clusters import EncryptedClusters
 from qcow2snap_core.image.guard import SnapshotGuard
 from qcow2snap_core.image.image import Image
 from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.serve.exports import exports_of
 from qcow2snap_core.tables.check import check
-from qcow2snap_core.tables.diff import changes
 from qcow2snap_core.tables.sharing import picture
 from qcow2snap_core.tables.space import exclusive_sizes
-from qcow2snap_core.util.cache import OVERHEAD, BoundedCache
-
-ALLOWED = 64 * MiB
-
-
-@contextmanager
-def bounded(limit: int = ALLOWED) -> Iterator[None]:
-    """Python's objects must not take more at any moment."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.fixture
@@ -157,100 +136,6 @@ def test_the_table_is_not_read_again_for_each_of_its_snapshots(disk: Path, kind:
     assert looks[0] == looks[1]
 
 
-# --- The work of one request ---
-
-
-def chain(directory: Path, layers: int, clusters: int) -> Path:
-    """Overlays in which every other cluster is unallocated: as many runs as there can be."""
-    path = None
-    for n in range(layers):
-        backing = None if path is None else (path.name, "qcow2")
-        path = directory / f"{n}.qcow2"
-        qemu.create(path, clusters * 512, cluster_size=512, backing=backing)
-    assert path is not None
-    qemu.io(path, *(f"write -P {n % 255 + 1} {n * 512} 512" for n in range(0, clusters, 2)))
-    qemu.take(path, "s")
-    return path
-
-
-def test_a_read_of_too_many_pieces_is_refused(tmp_path: Path, monkeypatch) -> None:
-    path = chain(tmp_path, layers=5, clusters=200)
-    monkeypatch.setattr(q, "MAX_LOOKUPS", 500)
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        with pytest.raises(ImageError, match="takes more than 500 look-ups: ask for less"):
-            disk.pread(disk.size, 0)
-        half = disk.pread(disk.size // 4, 0) + disk.pread(disk.size // 4, disk.size // 4)
-    assert half == qemu.content(path, "s")[: len(half)]
-
-
-def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch) -> None:
-    path = chain(tmp_path, layers=5, clusters=200)
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        whole = list(disk.extents(0, disk.size))
-        monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 100)
-        part, at = [], 0
-        while at < disk.size:
-            some = list(disk.extents(at, disk.size - at))
-            assert len(some) < 50
-            part += some
-            at = part[-1].offset + part[-1].length
-    assert part == whole
-
-
-def test_the_first_extent_does_not_wait_for_the_others(tmp_path: Path) -> None:
-    path = chain(tmp_path, layers=1, clusters=2000)
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        whole = list(disk.extents(0, disk.size))
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        assert next(disk.extents(0, disk.size)) == whole[0]
-        assert image._chain.tables.used < 3 * (512 + OVERHEAD), "more than one L2 table was read"
-
-
-def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:
-    """They merge into one extent, so that counting extents would not see them."""
-    path = qemu.create(tmp_path / "z.qcow2", 200 * 512, cluster_size=512)
-    qemu.io(path, *(f"write -P 1 {n * 512} 512" for n in range(0, 200, 2)))
-    qemu.io(path, f"write -z 0 {200 * 512}")
-    qemu.take(path, "s")
-    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 50)
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        (extent,) = disk.extents(0, disk.size)
-        assert extent.length < disk.size
-
-
-def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
-    """Of a snapshot that goes by the active disk's size: past its L1 table there is nothing."""
-    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
-    qemu.take(path, "s")
-    s = qemu.snapshots(path)["s"]
-    write_table(path, [Entry(b"1", b"s", s.l1_table_offset, s.l1_size)])
-    qemu.patch(path, 24, struct.pack(">Q", 2**63 - 512))
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        assert disk.size == 2**63 - 512
-        assert len(list(disk.ranges(0, disk.size))) == 1
-        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
-        assert list(changes(disk, disk)) == []
-
-
-def test_a_size_of_exabytes_that_no_table_covers_is_an_error_at_once(tmp_path: Path) -> None:
-    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
-    qemu.take(path, "s")
-    entry = qemu.snapshots(path)["s"].entry_offset
-    qemu.patch(path, entry + 48, struct.pack(">Q", 2**63 - 512))
-    with open_image(str(path)) as image:
-        disk = image.snapshot("s")
-        assert list(disk.extents(0, 1 << 46)) == [(0, 1 << 46, 3)]
-        for find in (disk.extents(0, disk.size), disk.own(), changes(disk, disk)):
-            with pytest.raises(ImageError, match="guest offset 0x400000000000: its L1 table of "):
-                list(find)
-
-
 # --- Caches and decoders ---
 
 
@@ -292,21 +177,3 @@ def test_wide_zstd_windows_are_for_one_at_a_time() -> None:
         assert codec.decode(zstandard.ZstdCompressor().compress(data), len(data)) == data
     waiting.join()
     assert codec.decode(frame, len(data)) == data
-
-
-# --- Memory of a request ---
-
-
-def test_deciphering_a_large_read_takes_small_buffers(tmp_path: Path) -> None:
-    ciphers = pytest.importorskip("qcow2snap_core.decode.ciphers")
-    path = tmp_path / "data"
-    path.write_bytes(bytes(16 * MiB))
-    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
-    buffer = bytearray(16 * MiB)
-    with opened(path) as storage:
-        parts = storage, storage, 16, Zlib(), BoundedCache(MiB)
-        with bounded(12 * MiB):
-            EncryptedClusters(Encryption(cipher, True), *parts).read(buffer, 0, 0)
-    expected = bytearray(MiB)
-    cipher.decrypt(memoryview(expected), 15 * MiB // 512)
-    assert buffer[15 * MiB :] == expected

@@ -58,6 +58,10 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cluster_cache_size": -1}, ValueError, "cluster_cache_size is -1"),
     ({"cluster_cache_size": 1.5}, TypeError, "cluster_cache_size is a float"),
     ({"cluster_cache_size": None}, TypeError, "cluster_cache_size is a NoneType"),
+    ({"remote_timeout": "30"}, TypeError, "remote_timeout is a str: give a number of seconds"),
+    ({"remote_timeout": True}, TypeError, "remote_timeout is a bool: give a number of seconds"),
+    ({"remote_timeout": 0}, ValueError, "remote_timeout is 0: give seconds, more than 0"),
+    ({"remote_timeout": float("inf")}, ValueError, "remote_timeout is inf: give seconds"),
     ({"passphrase": 1234}, TypeError, "passphrase is an int: give the secret itself"),
     ({"passphrase": {0: None}}, TypeError, "passphrase[0] is a NoneType: "),
     ({"passphrase": {-1: "a"}}, ValueError, "a layer of passphrase is -1"),
@@ -83,6 +87,7 @@ def test_options_of_open(
         {"allow_dirs": (d for d in ["/"])},
         {"allow_dirs": [Path("/")], "allow_files": {Path("base.qcow2")}},
         {"l2_cache_size": 0, "cluster_cache_size": 0},
+        {"remote_timeout": 0.5},
         {"backing_format": "raw"},  # it is for images that record none
     ],
 )

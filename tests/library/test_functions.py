@@ -122,21 +122,41 @@ def test_a_chain_and_back(path: Path, image: Image, tmp_path: Path) -> None:
         assert qemu.content(Path(file)) == expected
     joined = tmp_path / "joined.qcow2"
     with qcow2snap_core.open(files[-1]) as top:
-        assert qcow2snap_core.join(top, joined) == ["one", "two", "active"]
-    assert [s["name"] for s in qemu.info(joined)["snapshots"]] == ["one", "two", "active"]
+        assert qcow2snap_core.join(top, joined) == ["one", "two"]
+    assert qemu.info(joined)["snapshots"] == qemu.info(path)["snapshots"]
     assert qemu.content(joined) == qemu.content(path)
 
 
 def test_threads_may_write_at_once(image: Image, tmp_path: Path) -> None:
-    """Each starts servers of its own."""
+    """Each starts servers of its own for a qcow2 file."""
 
     def write(number: int) -> bool:
+        qcow2snap_core.copy(image.open("two"), tmp_path / f"copy{number}.qcow2")
         chain = qcow2snap_core.split(image, tmp_path / f"chain{number}")
         with qcow2snap_core.open(chain[-1]) as top:
-            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain)
+            return len(qcow2snap_core.join(top, tmp_path / f"joined{number}")) == len(chain) - 1
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(write, range(4)))  # what was written has been compared
+
+
+def test_a_repository_and_back(path: Path, image: Image, tmp_path: Path) -> None:
+    where = tmp_path / "repository"
+    files = qcow2snap_core.backup(image, where, warn=pytest.fail)
+    assert files == [str(where / name) for name in ("1.qcow2", "2.qcow2")]
+    assert qcow2snap_core.backup(image, where, compress="zlib") == []
+    assert qcow2snap_core.verify(where) == []
+    assert qcow2snap_core.restore(where, tmp_path / "again.qcow2") == ["one", "two"]
+    assert qemu.info(tmp_path / "again.qcow2")["snapshots"] == qemu.info(path)["snapshots"]
+    with pytest.raises(UsageError, match="is there already"):
+        qcow2snap_core.restore(where, tmp_path / "again.qcow2")
+    assert qcow2snap_core.restore(where, tmp_path / "raw", snapshot="one") == ["one"]
+    assert (tmp_path / "raw").read_bytes() == qemu.snapshot_content(path, "one")
+    os.truncate(files[1], 1000)
+    [problem] = qcow2snap_core.verify(where)
+    assert "has 1000 bytes" in problem
+    with pytest.raises(qcow2snap_core.ImageError, match="has 1000 bytes"):
+        qcow2snap_core.restore(where, tmp_path / "other.qcow2")
 
 
 def test_join_warns_of_what_is_left_out(image: Image, tmp_path: Path) -> None:

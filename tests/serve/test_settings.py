@@ -65,6 +65,9 @@ def test_an_unknown_key_is_named_and_the_known_are_listed(key):
         ("backing-format", "", "backing-format=: give raw or qcow2"),
         ("l2-cache-size", "lots", "l2-cache-size=: 'lots' is no size"),
         ("cluster-cache-size", "-1", "cluster-cache-size=: '-1' is no size"),
+        ("remote-timeout", "0", "remote-timeout=: '0' is no time: give seconds, more than 0"),
+        ("remote-timeout", "never", "remote-timeout=: 'never' is no time"),
+        ("remote-timeout", "1e9", "remote-timeout=: '1e9' is no time"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key(key, value, message):

@@ -13,7 +13,7 @@ from support.qemu import KiB, create, run
 
 from qcow2snap_core.errors import UsageError
 from qcow2snap_core.image.opener import Options, open_image
-from qcow2snap_core.storage.policy import Policy, _lies_in
+from qcow2snap_core.storage.policy import Policy, is_below
 
 
 @pytest.fixture
@@ -337,5 +337,5 @@ def test_the_advice_names_a_device_by_its_lasting_name(tmp_path):
 
 def test_a_file_of_an_unmounted_filesystem_lies_nowhere():
     """The kernel's word for the path of a file that no directory leads to any more."""
-    assert not _lies_in("(unreachable)/srv/images/base", "/srv/images")
-    assert not _lies_in("(unreachable)/srv/images/base", "/")
+    assert not is_below("(unreachable)/srv/images/base", "/srv/images")
+    assert not is_below("(unreachable)/srv/images/base", "/")

@@ -114,7 +114,7 @@ def system(tmp_path: Path) -> System:
 
 def ground(system: System, name: str):
     if name.endswith(".img"):
-        return system.of_path(str(system._path(name)))
+        return system.of_path(str(system.path(name)))
     major, minor = map(int, NUMBERS[name].split(":"))
     return system.of_device(os.makedev(major, minor))
 
@@ -182,12 +182,12 @@ def test_what_is_unknown_is_said(system, number, why):
 
 @pytest.mark.parametrize("field", ["start", "size"])
 def test_a_partition_of_which_sys_says_nonsense_is_unknown(system, field):
-    Path(system._path("/sys/devices/block/sda/sda1", field)).write_text("?\n")
+    Path(system.path("/sys/devices/block/sda/sda1", field)).write_text("?\n")
     assert "/sys is not clear about the device 8:1" in ground(system, "sda1").unknown
 
 
 def test_a_loop_of_slaves_ends(system):
-    slaves = Path(system._path("/sys/devices/block/lv/slaves"))
+    slaves = Path(system.path("/sys/devices/block/lv/slaves"))
     (slaves / "crypt").symlink_to("../../crypt")
     assert ground(system, "crypt").collides(ground(system, "lv"))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from qcow2snap_core import cli
 from support.server import ROOT
 
 
@@ -37,6 +40,23 @@ def fails(*arguments: object) -> str:
     done = run(*arguments)
     assert done.returncode == 1, done
     (line,) = done.stderr.splitlines()
+    return line
+
+
+def here(*arguments: object, status: int = 0) -> str:
+    """The same as :func:`qcow2snap` in this process, which a tenth of a second is saved by; what it
+    says on standard error follows what it prints where the status is another than 0."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = cli.main([str(argument) for argument in arguments])
+    assert found == status, (arguments, found, out.getvalue(), err.getvalue())
+    assert status or not err.getvalue(), err.getvalue()
+    return out.getvalue() + err.getvalue()
+
+
+def fails_here(*arguments: object) -> str:
+    """The same as :func:`fails` in this process."""
+    (line,) = here(*arguments, status=1).splitlines()
     return line
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.server import PLUGIN, ROOT
+from support.server import PLUGIN, PLUGIN_WORDS, ROOT
 
 _END = "\x1e"  # stands between the outputs of two commands
 
@@ -85,7 +85,8 @@ def examples(page: Path) -> list[Section]:
 
 
 def run(section: Section, directory: Path) -> None:
-    """Run a section's commands in ``directory`` as if the plugin and command were installed."""
+    """Run a section's commands in ``directory`` as if the plugin and command were installed; or
+    with those that are, where the sources are not beside the tests."""
     programs = directory / ".programs"
     programs.mkdir()
     port = _free_port()
@@ -94,7 +95,7 @@ def run(section: Section, directory: Path) -> None:
 words=(-P "{directory}/.$$.pid")
 for word; do
     case $word in
-        qcow2snap) words+=(python {shlex.quote(str(PLUGIN))}) ;;
+        qcow2snap) words+=({shlex.join(PLUGIN_WORDS)}) ;;
         localhost) words+=(localhost -p {port}) ;;
         *) words+=("$word") ;;
     esac
@@ -107,10 +108,11 @@ exec {shutil.which("nbdkit")} "${{words[@]}}"
     ours = f'PYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} -m qcow2snap_core "$@"'
     scripts = {
         "nbdkit": nbdkit,
-        "qcow2snap": f"#!/bin/sh\n{ours}\n",
         "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         **{name: client.format(shutil.which(name)) for name in ("nbdinfo", "nbdcopy")},
     }
+    if PLUGIN.exists():
+        scripts["qcow2snap"] = f"#!/bin/sh\n{ours}\n"
     for name, script in scripts.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)

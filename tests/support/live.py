@@ -73,6 +73,8 @@ class Qemu:
     def __init__(self, process: subprocess.Popen[bytes], nbd_socket: Path, qmp: Qmp) -> None:
         self.process = process
         self.qmp = qmp
+        #: another QMP socket, that nobody uses
+        self.qmp_socket = nbd_socket.with_name("qmp2")
         self._nbd_socket = nbd_socket
 
     def take(self, name: str) -> None:
@@ -122,6 +124,8 @@ def running(
             "--export=type=nbd,id=export,node-name=disk,name=disk,writable=on",
             f"--chardev=socket,id=qmp,path={qmp_socket},server=on,wait=off",
             "--monitor=chardev=qmp",
+            f"--chardev=socket,id=qmp2,path={qmp_socket}2,server=on,wait=off",
+            "--monitor=chardev=qmp2",
         ]
         with open(Path(directory, "log"), "w+b") as log:
             process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import socket
 import subprocess
 import tempfile
@@ -36,6 +37,20 @@ class Remote:
             return ready.exists()
 
         eventually(listening)
+
+    def freeze(self) -> None:
+        """From here on it says nothing; whoever connects is let in, and waits."""
+        self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+
+        def stopped() -> bool:
+            states = [task.read_text() for task in tasks.glob("*/stat")]
+            return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+        eventually(stopped)  # the kernel tells one thread after the other
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()

@@ -6,17 +6,24 @@ image and of the layers below it, from the top down, None for one that has none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from . import qemu
+from .server import ROOT
 
 Secrets = Sequence[str | None]
 
 NOT_ENCRYPTED: Secrets = ()
+
+IMAGES = ROOT / "build" / "images"
 
 
 def objects(secrets: Secrets) -> list[str]:
@@ -42,7 +49,7 @@ def create(
     backing: tuple[object, str] | None = None,
     **options: object,
 ) -> None:
-    """qemu-img create, tried again where QEMU could not measure how fast PBKDF2 is."""
+    """qemu-img create; of LUKS images a copy of one that it made with the same words before."""
     if options.get("encrypt.format"):
         options = {**options, "encrypt.key-secret": "s0"}
         if options["encrypt.format"] == "luks":
@@ -53,9 +60,35 @@ def create(
     if backing is not None:
         # -u: the format is known, and a layer with a secret could not be opened.
         command += ["-u", "-b", str(backing[0]), "-F", backing[1]]
-    command.append(str(path))
-    if size is not None:
-        command.append(str(size))
+    end = [] if size is None else [str(size)]
+    if options.get("encrypt.format") == "luks" and "data_file" not in options:
+        shutil.copyfile(_made(command, end), path)
+    else:
+        _run([*command, str(path), *end])
+
+
+def _made(command: list[str], end: list[str]) -> Path:
+    """An empty LUKS image, which is never written to.  QEMU measures for two seconds how fast
+    PBKDF2 is, whatever is asked of it; so they are kept, for all processes and runs in this
+    checkout."""
+    words = "\0".join([_version(), *command, *end])
+    made = IMAGES / f"{hashlib.sha256(words.encode()).hexdigest()}.qcow2"
+    if not made.exists():
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=IMAGES) as folder:
+            part = Path(folder, made.name)
+            _run([*command, str(part), *end])
+            part.rename(made)
+    return made
+
+
+@cache
+def _version() -> str:
+    return qemu.run("qemu-img", "--version")
+
+
+def _run(command: list[str]) -> None:
+    """Tried again where QEMU could not measure."""
     for _ in range(10):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if "accurate CPU usage" not in done.stderr:

@@ -17,11 +17,13 @@ import nbd
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "plugin" / "qcow2snap.py"
+#: How nbdkit is told; the installed plugin where the tests were copied without the sources.
+PLUGIN_WORDS = ["python", str(PLUGIN)] if PLUGIN.exists() else ["qcow2snap"]
 
 
 def command(*arguments: object, filters: tuple[str, ...] = (), **keys: object) -> list[str]:
     """The nbdkit command line; ``_`` in a key stands for ``-``; a list gives a key repeatedly."""
-    line = ["nbdkit", *(f"--filter={f}" for f in filters), "python", str(PLUGIN)]
+    line = ["nbdkit", *(f"--filter={f}" for f in filters), *PLUGIN_WORDS]
     for key, value in keys.items():
         for one in value if isinstance(value, list) else [value]:
             line.append(f"{key.replace('_', '-')}={one}")

@@ -18,6 +18,7 @@ class Vm:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+        self.events: list[dict[str, Any]] = []  #: that came before an answer
         self._answer()  # the greeting
         self.qmp("qmp_capabilities")
 
@@ -37,6 +38,7 @@ class Vm:
             assert "error" not in answer, answer
             if "return" in answer:
                 return answer["return"]
+            self.events.append(answer)
 
     def hmp(self, line: str) -> str:
         return self.qmp("human-monitor-command", **{"command-line": line})
@@ -44,10 +46,10 @@ class Vm:
     def registers(self) -> str:
         return self.hmp("info registers")
 
-    def memory(self, directory: Path) -> bytes:
-        """All of the guest's memory."""
+    def memory(self, directory: Path, at: int = 0, size: int = MEMORY) -> bytes:
+        """The guest's memory, as its processor sees it."""
         out = directory / "memory"
-        self.qmp("pmemsave", val=0, size=MEMORY, filename=str(out))
+        self.qmp("pmemsave", val=at, size=size, filename=str(out))
         try:
             return out.read_bytes()
         finally:
@@ -66,6 +68,15 @@ class Vm:
         said = self.hmp(f"savevm {name}")
         assert not said, said
 
+    def migrate(self, uri: str) -> None:
+        """Send the machine somewhere, and wait until it is there."""
+        self.qmp("migrate", uri=uri)
+        deadline = time.monotonic() + 60
+        while (status := self.qmp("query-migrate")["status"]) != "completed":
+            assert status != "failed", self.qmp("query-migrate")
+            assert time.monotonic() < deadline, "it is never there"
+            time.sleep(0.01)
+
     def wait_until_loaded(self) -> None:
         deadline = time.monotonic() + 60
         while self.qmp("query-status")["status"] == "inmigrate":
@@ -74,9 +85,9 @@ class Vm:
 
 
 @contextmanager
-def machine(disk: Path, *arguments: str) -> Iterator[Vm]:
+def machine(disk: Path, *arguments: str, kind: str = "pc", memory: int = MEMORY) -> Iterator[Vm]:
     """A machine that stands still, with one disk."""
-    line = ["qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-m", f"{MEMORY}b"]
+    line = ["qemu-system-x86_64", "-M", kind, "-accel", "tcg", "-m", f"{memory}b"]
     line += ["-S", "-display", "none", "-nodefaults", "-qmp", "stdio"]
     line += ["-drive", f"if=ide,file={disk},format=qcow2", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -161,3 +161,17 @@ def test_the_space_of_vm_states_is_told_apart(tmp_path: Path) -> None:
         assert both.vm_state == sum(clusters_of_vm_state(path, s.name) for s in snapshots) * CLUSTER
         assert both.disk > 512 * KiB
     assert_freed(path)
+
+
+def test_a_cluster_past_the_end_of_the_file_frees_nothing(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("one", "two", "three"):
+        qemu.io(path, "write -P 1 0 128k")
+        qemu.take(path, name)
+    before = {}
+    with open_image(str(path)) as image:
+        before = sizes(image)
+    damage.put64(path, damage.l2_entry(path, "two", 64 * KiB), damage.END_OF_FILE)
+    with open_image(str(path)) as image:
+        assert sizes(image) == {**before, "two": None}
+        assert size_together(image, ("one", "two")) is None

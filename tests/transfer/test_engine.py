@@ -11,7 +11,7 @@ import pytest
 
 from qcow2snap_core.errors import StorageError
 from qcow2snap_core.image.extents import ALLOCATED, HOLE_ZERO, Extent, merged
-from qcow2snap_core.transfer.mover import PIECE, _blocks, cut, ordered
+from qcow2snap_core.transfer.mover import PIECE, by_block, cut, ordered
 
 GiB = 1 << 30
 
@@ -39,7 +39,7 @@ def test_no_piece_is_lost_or_too_long_for_a_request(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_no_cluster_is_touched_by_two_blocks(seed: int) -> None:
-    blocks = list(_blocks(some_extents(seed)))
+    blocks = list(by_block(some_extents(seed)))
     for before, after in pairwise(blocks):
         last = before[-1].offset + before[-1].length - 1
         assert last // PIECE < after[0].offset // PIECE

@@ -51,9 +51,9 @@ for n in range(200):
 
 CLEARER = """
 import sys
-from qcow2snap_core.transfer.outputs import _clear
+from qcow2snap_core.transfer.outputs import clear
 while True:
-    _clear(sys.argv[1])
+    clear(sys.argv[1])
 """
 
 
@@ -193,7 +193,7 @@ def test_what_only_looks_like_a_part_is_left(tmp_path: Path) -> None:
 
 def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="was made by somebody else meanwhile: add --force"):  # noqa: SIM117
+    with pytest.raises(UsageError, match="was made by somebody else meanwhile"):  # noqa: SIM117
         with output(str(out)):
             out.write_text("theirs")
     assert out.read_text() == "theirs"

@@ -35,6 +35,13 @@ def on_a_terminal(code: str) -> str:
         os.close(theirs)
 
 
+def test_a_bar_may_count_something_else() -> None:
+    code = WORK.replace("2 << 20)", "2, 'snapshots')").replace("1 << 20", "1")
+    shown = on_a_terminal(code)
+    assert "0/2" in shown
+    assert "snapshots/s" in shown
+
+
 def test_a_bar_with_binary_units_is_drawn_on_a_terminal() -> None:
     shown = on_a_terminal(WORK)
     assert "copying:" in shown

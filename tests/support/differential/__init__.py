@@ -11,7 +11,7 @@ comes of the others is the one that both are asked about.
     world         what QEMU says: every state's content and map, what a check finds
     reading       comparisons: bytes, extents, maps, differences, listing, VM states
     judging       comparisons: check, exclusive sizes
-    writing       comparisons: copy, copy --since, split, join
+    writing       comparisons: copy, copy --since, split, join, backup
     serving       comparisons: nbdkit, remote images, block devices
     seeds         one seed from its directory to its verdict; cutting a failing one down
 """

@@ -27,6 +27,11 @@ def checks(world: World, rng: random.Random) -> None:
         world.notes["corrupted by QEMU itself"] += 1
     _compare(world, world.path, found, "")
     if not damaged(found):
+        first = [word for word in world.keys if not word.startswith("--passphrase.")]
+        given = first[: 2 + 2 * ("--passphrase" in first)]
+        _, said = world.command("check", "--data", world.path, *given)
+        if not said.endswith("no damage found\n"):
+            raise Different(f"check --data: {said.strip()}")
         for state in world.states:
             if state.snapshot is not None:
                 world.command("check", world.path, state.name, *world.keys)

@@ -37,6 +37,8 @@ COMPARISONS: dict[str, tuple[Comparison, float]] = {
     "remote image": (serving.remotely, 0.15),
     "block device": (serving.devices, 0.1),
     "compact": (writing.compacts, 0.4),
+    "copy --salvage": (writing.salvages, 0.3),
+    "backup": (writing.backs_up, 0.3),
 }
 
 

@@ -26,6 +26,34 @@ def copies(world: World, rng: random.Random) -> None:
     out.unlink()
 
 
+def salvages(world: World, rng: random.Random) -> None:
+    """All of an image that is whole; of one that was cut off what its map does not leave out."""
+    state = rng.choice(world.states)
+    image = world.path.read_bytes()
+    cut, out, map_ = (world.directory / name for name in ("cut.qcow2", "copy", "map"))
+    for length in (len(image), *(rng.randrange(len(image) // 2, len(image)) for _ in range(3))):
+        cut.write_bytes(image[:length])
+        line = ["copy", "--salvage", map_, cut, state.name, out, *world.keys]
+        whole = length == len(image)
+        status, _ = world.command(*line, statuses=(0,) if whole else (0, 1))
+        if not out.exists():  # not even its tables are there
+            continue
+        ours, theirs = bytearray(out.read_bytes()), bytearray(state.content)
+        lost = [line.split() for line in map_.read_text().splitlines() if line.endswith("  -")]
+        if bool(lost) != bool(status):
+            raise Different(f"salvage of {state.name}: status {status}, {len(lost)} ranges lost")
+        for at, n, _ in lost:
+            start, end = int(at, 16), int(at, 16) + int(n, 16)
+            if any(ours[start:end]):
+                raise Different(f"salvage of {state.name}: data where it was lost, at {at}")
+            ours[start:end] = theirs[start:end]
+        same(f"salvage of {state.name}, cut at {length}", bytes(ours), bytes(theirs))
+        world.notes["images of which a part was salvaged"] += bool(lost)
+        out.unlink()
+        map_.unlink()
+    cut.unlink()
+
+
 def _pair(world: World, rng: random.Random) -> tuple[State, State]:
     if len(world.states) < 2:
         raise Unavailable("no snapshots")
@@ -93,11 +121,12 @@ def _exported(path: Path, fmt: str) -> Iterator[str]:
 
 
 def splits(world: World, rng: random.Random) -> None:
-    """Each overlay is a state; joined again, each of those is a snapshot."""
+    """Each overlay is a state; joined again, they are the snapshots that they were."""
     directory = world.directory / "chain"
     _, said = world.command("split", world.path, directory, *world.keys)
     overlays = [Path(line) for line in said.splitlines()]
-    if len(overlays) != len(world.states) or set(overlays) != set(directory.iterdir()):
+    files = {file for file in directory.iterdir() if file.suffix == ".qcow2"}
+    if len(overlays) != len(world.states) or set(overlays) != files:
         raise Different(f"split: {len(world.states)} states, but {overlays}")
     # A backing file of the image becomes the base's, and is never encrypted then.
     for state, overlay in zip(world.states, overlays, strict=True):
@@ -105,9 +134,8 @@ def splits(world: World, rng: random.Random) -> None:
         qemu.run("qemu-img", "check", "-q", overlay)
     out = world.directory / "joined"
     world.command("join", overlays[-1], out, "--allow-dir", world.directory)
-    found = list(qemu.snapshots(out).values())[-len(overlays) :]
-    contents = dict(zip([s.name for s in found], world.states, strict=True))
-    _compare_joined(world, out, {name: s.content for name, s in contents.items()}, "split, join")
+    _compare_image(world, out, "split, join")
+    same("split, join: active disk", qemu.content(out), world.states[-1].content)
     remove(directory)
     remove(out)
 
@@ -151,6 +179,45 @@ def compacts(world: World, rng: random.Random) -> None:
             same(f"compact {how}: VM state", ours, world.vm_state(world.path, state.snapshot))
     remove(out)
     remove(copy)
+
+
+def backs_up(world: World, rng: random.Random) -> None:
+    """QEMU reads each snapshot in the repository; restored, they are what they were."""
+    snapshots = [state for state in world.states if state.snapshot is not None]
+    repository, out = world.directory / "repository", world.directory / "restored"
+    how = rng.choice([[], ["--compress", "zlib"], ["--compress", "zstd"]])
+    world.command("backup", world.path, repository, *how, *world.keys)
+    world.command("verify", repository)
+    for number, state in enumerate(snapshots, 1):
+        file = repository / f"{number}.qcow2"
+        same(f"backup {how}: {state.name}", qemu.content(file), state.content)
+        qemu.run("qemu-img", "check", "-q", file)
+    if snapshots:
+        world.command("restore", repository, out)
+        _compare_image(world, out, f"backup {how}, restore")
+        remove(out)
+    remove(repository)
+
+
+def _compare_image(world: World, out: Path, what: str) -> None:
+    """An image without a backing file that has the world's snapshots again."""
+    said = qemu.run("qemu-img", "check", out)
+    if "No errors" not in said:
+        raise Different(f"{what}: {said}")
+    with open_image(str(out)) as image:
+        there = image.snapshots
+    states = [state for state in world.states if state.snapshot is not None]
+    if [_described(s) for s in there] != [_described(s.snapshot) for s in states]:
+        raise Different(f"{what}: {there}, not {[s.snapshot for s in states]}")
+    copy = world.directory / "snapshot"
+    for state, snapshot in zip(states, there, strict=True):
+        shutil.copyfile(out, copy)
+        qemu.activate(copy, snapshot, snapshot.disk_size)
+        same(f"{what}: {state.name}", qemu.content(copy), state.content)
+        if snapshot.vm_state_size:
+            ours = world.vm_state(out, snapshot, [None])
+            same(f"{what}: VM state", ours, world.vm_state(world.path, state.snapshot))
+        remove(copy)
 
 
 def _described(s: Snapshot) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""What one request may cost in CPU and memory: counted, not timed.
+"""What one request may cost in look-ups, decoding and memory: counted, not timed.
 
 Each image makes one thing dear that the number of its pieces does not show.
 """
@@ -6,7 +6,6 @@ Each image makes one thing dear that the number of its pieces does not show.
 from __future__ import annotations
 
 import struct
-import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +13,10 @@ from pathlib import Path
 import pytest
 from support import damage, qemu
 from support.devices import opened
+from support.memory import bounded
 from support.qemu import KiB, MiB
 from support.streams import slow
+from support.tables import Entry, write_table
 from support.turns import Crowd, Watched
 
 from qcow2snap_core._native import loaded
@@ -28,7 +29,8 @@ from qcow2snap_core.image.clusters import Clusters, EncryptedClusters
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.extents import Extent
 from qcow2snap_core.image.opener import open_image
-from qcow2snap_core.util.cache import BoundedCache
+from qcow2snap_core.tables.diff import changes
+from qcow2snap_core.util.cache import OVERHEAD, BoundedCache
 
 TOO_MUCH = "look-ups: ask for less at a time"
 
@@ -36,6 +38,100 @@ TOO_MUCH = "look-ups: ask for less at a time"
 def count_extents(disk: Disk) -> int:
     """How far one answer goes."""
     return sum(extent.length for extent in disk.extents(0, disk.size))
+
+
+# --- Look-ups ---
+
+
+def alternating(directory: Path, layers: int, clusters: int) -> Path:
+    """Overlays in which every other cluster is unallocated: as many runs as there can be."""
+    path = None
+    for n in range(layers):
+        backing = None if path is None else (path.name, "qcow2")
+        path = directory / f"{n}.qcow2"
+        qemu.create(path, clusters * 512, cluster_size=512, backing=backing)
+    assert path is not None
+    qemu.io(path, *(f"write -P {n % 255 + 1} {n * 512} 512" for n in range(0, clusters, 2)))
+    qemu.take(path, "s")
+    return path
+
+
+def test_a_read_of_too_many_pieces_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = alternating(tmp_path, layers=5, clusters=200)
+    monkeypatch.setattr(q, "MAX_LOOKUPS", 500)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        with pytest.raises(ImageError, match="takes more than 500 look-ups: ask for less"):
+            disk.pread(disk.size, 0)
+        half = disk.pread(disk.size // 4, 0) + disk.pread(disk.size // 4, disk.size // 4)
+    assert half == qemu.content(path, "s")[: len(half)]
+
+
+def test_extents_of_too_many_pieces_are_told_in_part(tmp_path: Path, monkeypatch) -> None:
+    path = alternating(tmp_path, layers=5, clusters=200)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+        monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 100)
+        part, at = [], 0
+        while at < disk.size:
+            some = list(disk.extents(at, disk.size - at))
+            assert len(some) < 50
+            part += some
+            at = part[-1].offset + part[-1].length
+    assert part == whole
+
+
+def test_the_first_extent_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    path = alternating(tmp_path, layers=1, clusters=2000)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        whole = list(disk.extents(0, disk.size))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert next(disk.extents(0, disk.size)) == whole[0]
+        assert image._chain.tables.used < 3 * (512 + OVERHEAD), "more than one L2 table was read"
+
+
+def test_alternating_zero_clusters_are_bounded_too(tmp_path: Path, monkeypatch) -> None:
+    """They merge into one extent, so that counting extents would not see them."""
+    path = qemu.create(tmp_path / "z.qcow2", 200 * 512, cluster_size=512)
+    qemu.io(path, *(f"write -P 1 {n * 512} 512" for n in range(0, 200, 2)))
+    qemu.io(path, f"write -z 0 {200 * 512}")
+    qemu.take(path, "s")
+    monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 50)
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        (extent,) = disk.extents(0, disk.size)
+        assert extent.length < disk.size
+
+
+def test_an_empty_disk_of_exabytes_is_walked_at_once(tmp_path: Path) -> None:
+    """Of a snapshot that goes by the active disk's size: past its L1 table there is nothing."""
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    s = qemu.snapshots(path)["s"]
+    write_table(path, [Entry(b"1", b"s", s.l1_table_offset, s.l1_size)])
+    qemu.patch(path, 24, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert disk.size == 2**63 - 512
+        assert len(list(disk.ranges(0, disk.size))) == 1
+        assert list(disk.extents(disk.size - 512, 512)) == [(disk.size - 512, 512, 3)]
+        assert list(changes(disk, disk)) == []
+
+
+def test_a_size_of_exabytes_that_no_table_covers_is_an_error_at_once(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "huge.qcow2", 1 << 46, cluster_size=64 * 1024)
+    qemu.take(path, "s")
+    entry = qemu.snapshots(path)["s"].entry_offset
+    qemu.patch(path, entry + 48, struct.pack(">Q", 2**63 - 512))
+    with open_image(str(path)) as image:
+        disk = image.snapshot("s")
+        assert list(disk.extents(0, 1 << 46)) == [(0, 1 << 46, 3)]
+        for find in (disk.extents(0, disk.size), disk.own(), changes(disk, disk)):
+            with pytest.raises(ImageError, match="guest offset 0x400000000000: its L1 table of "):
+                list(find)
 
 
 # --- Streams that are slow to decode ---
@@ -115,7 +211,7 @@ def test_fetching_tables_counts_for_more_than_looking_into_them(
         assert first < count_extents(disk)  # what was fetched need not be fetched again
 
 
-def chain(directory: Path, layers: int, writes: int) -> Path:
+def deep_chain(directory: Path, layers: int, writes: int) -> Path:
     """Empty overlays on a layer in which every other cluster is allocated."""
     base = qemu.create(directory / "0.qcow2", 256 * 512, cluster_size=512)
     qemu.io(base, *(f"write -P 1 {n * 1024} 512" for n in range(writes)))
@@ -128,7 +224,7 @@ def chain(directory: Path, layers: int, writes: int) -> Path:
 
 
 def test_a_piece_from_far_below_counts_in_every_layer(tmp_path: Path, monkeypatch) -> None:
-    path = chain(tmp_path, 20, 128)
+    path = deep_chain(tmp_path, 20, 128)
     monkeypatch.setattr(q, "MAX_EXTENT_LOOKUPS", 1000)
     with open_image(str(path)) as image:
         disk = image.snapshot("s")
@@ -148,7 +244,7 @@ def test_a_piece_from_far_below_counts_in_every_layer(tmp_path: Path, monkeypatc
 
 
 def test_an_error_from_far_below_names_two_layers(tmp_path: Path) -> None:
-    path = chain(tmp_path, 20, 1)
+    path = deep_chain(tmp_path, 20, 1)
     base = tmp_path / "0.qcow2"
     l1 = qemu.field64(base, 40)
     table = qemu.field64(base, l1) & damage.OFFSET
@@ -220,10 +316,21 @@ def test_an_odd_read_of_an_encrypted_disk_takes_no_second_buffer(
     with opened(path) as storage:
         parts = storage, storage, 16, Zlib(), BoundedCache(0)
         clusters = EncryptedClusters(Encryption(cipher, True), *parts)
-        tracemalloc.start()
-        try:
+        with bounded(7 * MiB):
             clusters.read(buffer, offset, offset)
-            assert tracemalloc.get_traced_memory()[1] < 7 * MiB
-        finally:
-            tracemalloc.stop()
     assert buffer == whole[offset : offset + len(buffer)]
+
+
+def test_deciphering_a_large_read_takes_small_buffers(tmp_path: Path) -> None:
+    ciphers = pytest.importorskip("qcow2snap_core.decode.ciphers")
+    path = tmp_path / "data"
+    path.write_bytes(bytes(16 * MiB))
+    cipher = ciphers.CbcSectors(bytes(32), ciphers.Plain(64))
+    buffer = bytearray(16 * MiB)
+    with opened(path) as storage:
+        parts = storage, storage, 16, Zlib(), BoundedCache(MiB)
+        with bounded(12 * MiB):
+            EncryptedClusters(Encryption(cipher, True), *parts).read(buffer, 0, 0)
+    expected = bytearray(MiB)
+    cipher.decrypt(memoryview(expected), 15 * MiB // 512)
+    assert buffer[15 * MiB :] == expected

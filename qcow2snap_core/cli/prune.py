@@ -1,0 +1,211 @@
+"""Delete the snapshots that no rule keeps. The rules are those of restic's forget, in local time:
+--keep-daily 7 keeps the newest snapshot of each of the last seven days that have one. What any rule
+keeps is kept.
+
+QEMU does the deleting: the one that has the image open, through --qmp and --device, or qemu-img
+where nobody uses the image. Each deletion is looked up in the file; Ctrl-C stops before the next
+one. With --dry-run it is only told what would be kept and why, what would be deleted, and how much
+space that frees."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from ..errors import Error, ImageError, UsageError, escaped, shown
+from ..format import ondisk as q
+from ..format.snapshots import Snapshot, date
+from ..host.delete import Deleter, delete, ensure_deletable
+from ..host.qmp import Qmp
+from ..host.quiet import QuietImage
+from ..host.running import RunningQemu
+from ..image.image import Image
+from ..tables.keep import ALL, Policy, parse_duration, reasons_to_keep
+from ..tables.space import Freed, freed_together
+from ..util.interrupts import Interrupted, deferred
+from ..util.passphrase import read_passphrase
+from ..util.progress import progress
+from ..util.units import binary, counted
+from ..util.wording import COMMAND, passphrase_key
+from .common import add_image_options, open_from, print_json
+from .streams import say
+from .text import fitted, print_table, terminal_width
+
+HELP = "delete the snapshots that no rule keeps"
+EXAMPLE = "qcow2snap prune disk.qcow2 --keep-daily 7 --keep-weekly 4 --dry-run"
+
+_KINDS: Final = {
+    "last": "the last N",
+    "hourly": "the newest of each of the last N hours that have one",
+    "daily": "the same of days",
+    "weekly": "of weeks, which begin on Mondays",
+    "monthly": "of months",
+    "yearly": "of years",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the qcow2 image")
+    rules = parser.add_argument_group("what to keep; N may be unlimited")
+    for kind, what in _KINDS.items():
+        rules.add_argument(f"--keep-{kind}", metavar="N", type=_count, default=0, help=what)
+    rules.add_argument(
+        "--keep-within", metavar="DURATION", help="what is that much younger, like 1y6m7d12h"
+    )
+    rules.add_argument(
+        "--match",
+        metavar="GLOB",
+        action="append",
+        help="look only at snapshots with such names, and leave alone all others",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
+    parser.add_argument("--qmp", metavar="SOCKET", help="of the QEMU that has the image open")
+    parser.add_argument(
+        "--device",
+        metavar="NODE",
+        action="append",
+        help="the node or device name of the image in QEMU; repeat it for disks of which "
+        "snapshots were taken together",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    parser.set_defaults(usage_error=parser.error)
+    add_image_options(parser)
+
+
+def _count(text: str) -> int:
+    number = ALL if text == "unlimited" else int(text)
+    if number < ALL:
+        raise ValueError
+    return number
+
+
+class _Plan:
+    """What is to become of the snapshots of an image."""
+
+    def __init__(self, image: Image, policy: Policy, patterns: Sequence[str] | None) -> None:
+        table, (self.considered, self.doomed, self.freed) = image.of_all(
+            lambda snapshots: self._look(image, snapshots, policy, patterns)
+        )
+        if table.damage:
+            raise ImageError(f"{shown(image.path)}: the snapshot table is damaged: {table.damage}")
+        self.there = table.snapshots
+
+    @staticmethod
+    def _look(
+        image: Image, there: Sequence[Snapshot], policy: Policy, patterns: Sequence[str] | None
+    ) -> tuple[list[tuple[Snapshot, tuple[str, ...]]], list[Snapshot], Freed]:
+        looked_at = [
+            s for s in there if patterns is None or any(fnmatchcase(s.name, p) for p in patterns)
+        ]
+        reasons = reasons_to_keep(looked_at, policy, time.time())
+        considered = list(zip(looked_at, reasons, strict=True))
+        doomed = [s for s, why in considered if not why]
+        freed = freed_together(image, there, {s.identity for s in doomed})
+        if freed is None:
+            raise ImageError(f"{shown(image.path)} is damaged: qcow2snap check tells what is wrong")
+        return considered, doomed, freed
+
+
+def run(args: argparse.Namespace) -> int:
+    policy = _policy(args)
+    with open_from(args, data=False, layers=False) as image:
+        plan = _Plan(image, policy, args.match)
+        if not args.json:
+            _print(plan, args.dry_run)
+        if plan.doomed and not args.dry_run:
+            with deferred(), _deleter(args, image) as by:
+                ensure_deletable(by, plan.there, plan.doomed)
+                _delete(image, plan.doomed, by)
+    if args.json:
+        print_json([_object(plan, args.dry_run)])
+    return 0
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    if (args.qmp is None) != (args.device is None):
+        args.usage_error("--qmp and --device go together")
+    within = None if args.keep_within is None else parse_duration(args.keep_within)
+    policy = Policy(**{kind: getattr(args, f"keep_{kind}") for kind in _KINDS}, within=within)
+    if policy == Policy():
+        args.usage_error("no rule keeps anything: give --keep-last N or another --keep option")
+    return policy
+
+
+@contextmanager
+def _deleter(args: argparse.Namespace, image: Image) -> Iterator[Deleter]:
+    if args.qmp is not None:
+        with Qmp(args.qmp) as qemu:
+            yield RunningQemu(qemu, image, args.device)
+        return
+    passphrase = None
+    if image.header.crypt_method != q.CRYPT_NONE:
+        if args.passphrase_0 is None:
+            raise UsageError(
+                f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
+                f"passphrase: add {COMMAND.passphrase(0)}"
+            )
+        passphrase = read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
+    yield QuietImage(image, passphrase)
+
+
+def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> None:
+    done = 0
+    try:
+        with progress("deleting", len(doomed), "snapshots") as advance:
+            for _ in delete(image, doomed, by):
+                done += 1
+                advance(1)
+    except Error as e:
+        raise type(e)(f"{e}: {done} of {len(doomed)} were deleted") from e
+    except Interrupted:
+        say(f"stopped: {done} of {counted(len(doomed), 'snapshot')} were deleted")
+        raise
+
+
+def _print(plan: _Plan, dry_run: bool) -> None:
+    kept: list[Sequence[str]] = []
+    for s, why in plan.considered:
+        kept += [(*_row(s), first) for first in why[:1]]
+        kept += [("", "", "", more) for more in why[1:]]
+    if kept:
+        print(f"keep {counted(len(plan.considered) - len(plan.doomed), 'snapshot')}:")
+        _print_rows([("ID", "TAG", "DATE", "REASONS"), *kept])
+    if not plan.doomed:
+        print("there is nothing to delete")
+        return
+    what = "would delete" if dry_run else "delete"
+    state = f", {binary(plan.freed.vm_state)} of it VM state" if plan.freed.vm_state else ""
+    frees = f"frees {binary(plan.freed.size)}{state}"
+    print(f"{what} {counted(len(plan.doomed), 'snapshot')}, which {frees}:")
+    _print_rows([("ID", "TAG", "DATE"), *(_row(s) for s in plan.doomed)])
+
+
+def _row(s: Snapshot) -> tuple[str, str, str]:
+    return escaped(s.id), escaped(s.name), date(s)
+
+
+def _print_rows(rows: Sequence[Sequence[str]]) -> None:
+    if sys.stdout.isatty():
+        rows = fitted(rows, range(len(rows[0])), (1, 0), terminal_width())
+    print_table(rows)
+    sys.stdout.flush()
+
+
+def _object(plan: _Plan, dry_run: bool) -> dict[str, Any]:
+    return {
+        "keep": [_snapshot(s) | {"reasons": list(why)} for s, why in plan.considered if why],
+        "delete": [_snapshot(s) for s in plan.doomed],
+        "freed-size": plan.freed.size,
+        "freed-disk-size": plan.freed.disk,
+        "freed-vm-state-size": plan.freed.vm_state,
+        "deleted": not dry_run,
+    }
+
+
+def _snapshot(s: Snapshot) -> dict[str, Any]:
+    return {"id": s.id, "name": s.name, "date-sec": s.date_sec, "date-nsec": s.date_nsec}

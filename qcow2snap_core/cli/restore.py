@@ -1,0 +1,53 @@
+"""Make an image of a repository's snapshots again, or copy one of them to a disk.
+
+OUT is a new qcow2 image with all snapshots in it: IDs, names, dates, clocks and VM states are what
+they were, and the active disk is that of the newest one. With --snapshot OUT is the disk of that
+one alone, and can be what it can be for qcow2snap copy: a raw or qcow2 file, a block device, an NBD
+export, or - for standard output. All files that are needed are first compared with their checksums.
+OUT appears when it is whole: when every snapshot in it has been read back and compared."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import escaped
+from ..storage.libnbd import without_secrets
+from ..transfer.destinations import new_copy
+from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..transfer.restore import RESTORE_TARGETS, restore, restore_disk
+from ..util.interrupts import deferred
+from ..util.wording import COMMAND
+from .common import add_force, add_no_verify
+from .streams import OUTPUT_NAMES, warn
+
+HELP = "an image, or one disk, from a repository"
+EXAMPLE = "qcow2snap restore --snapshot nightly /backup/disk nightly.raw"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", metavar="REPOSITORY", help="a directory made by backup")
+    parser.add_argument("out", metavar="OUT", help="the image, or with --snapshot the disk")
+    parser.add_argument(
+        "--snapshot", metavar="NAME", help="one alone: its file in REPOSITORY, its ID or its name"
+    )
+    add_force(parser, "replace OUT if it is a file that is there")
+    add_no_verify(parser)
+    parser.set_defaults(usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.snapshot is None:
+        if args.out in OUTPUT_NAMES:
+            args.usage_error("an image is written to a file: add --snapshot for a stream of a disk")
+        place = judge(args.out, RESTORE_TARGETS, replace=args.force)
+        with deferred():
+            snapshots = restore(args.repository, place, warn, COMMAND, args.verify)
+        print(f"{escaped(args.out)}: {', '.join(escaped(s.name) for s in snapshots)}")
+        return 0
+    target = STANDARD_OUTPUT if args.out in OUTPUT_NAMES else args.out
+    to = new_copy(target, replace=args.force)
+    with deferred():
+        done = restore_disk(args.repository, args.snapshot, to, warn, COMMAND, args.verify)
+    if target != STANDARD_OUTPUT:
+        print(f"{without_secrets(target)}: {done}")
+    return 0

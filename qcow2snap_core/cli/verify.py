@@ -1,0 +1,43 @@
+"""Read all of a repository and compare it with its checksums.
+
+A line for each snapshot that cannot be restored says why. The exit status is 3 if there is one, as
+for qcow2snap check."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import escaped
+from ..transfer.manifest import described
+from ..transfer.repository import stored_size
+from ..transfer.restore import verify
+from ..util.interrupts import deferred
+from ..util.units import binary
+from .common import print_json
+
+HELP = "read all of a repository and compare it with its checksums"
+EXAMPLE = "qcow2snap verify /backup/disk"
+
+_DAMAGED = 3
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", metavar="REPOSITORY", help="a directory made by backup")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON array of all, with what is wrong with each"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    with deferred():
+        verdicts = verify(args.repository)
+    wrong = [v for v in verdicts if v.problem is not None]
+    if args.json:
+        print_json({**described(v.entry), "problem": v.problem} for v in verdicts)
+    for each in [] if args.json else wrong:
+        print(f"{each.entry.disk.file} {escaped(each.entry.snapshot.name)}: {each.problem}")
+    if not wrong and not args.json:
+        size = binary(stored_size(v.entry for v in verdicts))
+        many = "1 snapshot" if len(verdicts) == 1 else f"{len(verdicts)} snapshots"
+        print(f"{many}, {size}: all is as it was written")
+    return _DAMAGED if wrong else 0

@@ -1,0 +1,105 @@
+"""Having QEMU delete snapshots: qemu-img where nobody uses the image, else the QEMU that does.
+
+It has to be exactly the one that is meant, and QEMU knows most of them by name.  Names repeat, and
+one's name may be another's ID.  What a name leads to has changed with the versions of QEMU: the
+first snapshot whose name it is, the first whose ID or name, an ID before any name.  So a name is
+given only where all of these are one, and what is to be deleted later is looked at before the first
+is.  A running QEMU can be given name and ID together.
+
+Each is looked for in the file's own table before, and there it must be gone afterwards, with all
+others still there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+from ..errors import StorageError, UsageError, escaped, shown
+from ..format.snapshots import Snapshot
+from ..image.image import Image
+from ..util.interrupts import raise_if_interrupted
+
+_LONGEST_NAME: Final = 255  # bytes of QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
+
+
+class Deleter(Protocol):
+    """A QEMU that deletes snapshots of one image."""
+
+    def ensure_exact(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
+        """Raises UsageError unless it can be told that it is this one, while those are there."""
+
+    def delete(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
+        """Have it done.  Raises QmpError or StorageError with QEMU's reason."""
+
+
+def ensure_deletable(by: Deleter, there: Sequence[Snapshot], doomed: Sequence[Snapshot]) -> None:
+    """Raises UsageError unless all of ``doomed`` can be deleted one after the other."""
+    left = list(there)
+    for snapshot in doomed:
+        by.ensure_exact(left, snapshot)
+        left.remove(snapshot)
+
+
+def delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> Iterator[Snapshot]:
+    """Have snapshots deleted; each is handed out when it is gone from the file.
+
+    Stops between two of them, when that was asked for (:mod:`..util.interrupts`).  Raises
+    StorageError when the file does not say what QEMU was asked for.
+    """
+    for snapshot in doomed:
+        raise_if_interrupted()
+        there = image.table().snapshots
+        if snapshot.identity not in {s.identity for s in there}:
+            raise StorageError(f"{called(snapshot)} was deleted by somebody else meanwhile")
+        by.ensure_exact(there, snapshot)
+        by.delete(there, snapshot)
+        _confirm(image, there, snapshot)
+        yield snapshot
+
+
+def called(snapshot: Snapshot) -> str:
+    """The snapshot in an error line."""
+    return f"snapshot {shown(snapshot.name)} (ID {escaped(snapshot.id)})"
+
+
+def ensure_named(there: Sequence[Snapshot], snapshot: Snapshot, instead: str = "") -> None:
+    """Raises UsageError unless its name means this snapshot to every QEMU; ``instead`` is what can
+    be done."""
+    name = snapshot.name
+    first = next(s for s in there if s.name == name)
+    taken = next((s for s in there if s.id == name and s.identity != snapshot.identity), None)
+    if first.identity != snapshot.identity:
+        why = f"{called(first)} comes first"
+    elif taken is not None:
+        why = f"its name is the ID of {called(taken)}"
+    elif "\0" in name or len(name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
+        why = "its name is none that QEMU takes"
+    else:
+        return
+    raise UsageError(f"{called(snapshot)} cannot be told to QEMU, {why}{instead}")
+
+
+def _confirm(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> None:
+    table = image.table()
+    if table.damage:
+        raise StorageError(
+            f"the snapshot table of {shown(image.path)} is damaged since {called(gone)} was "
+            f"deleted: {table.damage}"
+        )
+    there = Counter(s.identity for s in table.snapshots)
+    expected = Counter(s.identity for s in before)
+    if there[gone.identity] >= expected[gone.identity]:
+        raise StorageError(
+            f"QEMU has deleted {called(gone)}, but {shown(image.path)} still has it: is it the "
+            f"file that QEMU has open?"
+        )
+    expected[gone.identity] -= 1
+    missing = expected - there
+    if missing:
+        lost = next(s for s in before if s.identity in missing)
+        raise StorageError(
+            f"since {called(gone)} was deleted {called(lost)} is missing from {shown(image.path)} "
+            f"too: somebody else has deleted it"
+        )

@@ -1,0 +1,101 @@
+"""Backups of all snapshots: what the commands backup, restore and verify do."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+from ..transfer import backup as backups
+from ..transfer import restore as restoring
+from ..transfer.destinations import new_copy
+from ..transfer.judge import STANDARD_OUTPUT, judge
+from ..transfer.repository import REPOSITORY
+from ..util.progress import silent
+from ..util.wording import LIBRARY
+from . import arguments
+from .conversion import check_compress, target_of, told
+from .image import Image
+from .names import public
+
+
+@public
+def backup(
+    image: Image,
+    repository: str | os.PathLike[str],
+    *,
+    compress: str | None = None,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[str]:
+    """Add the snapshots to a repository that it does not have yet, each with only what changed.
+
+    The repository is a directory: absent, empty, or one that this has made.  ``compress`` is
+    ``"zlib"`` or ``"zstd"``, for what is not compressed in the image.  With ``verify`` a snapshot
+    counts when it has been read back and compared.  A QEMU may write to the image meanwhile.
+
+    Returns the files that were added, qcow2 images, each over another one of them.  Raises as
+    :func:`copy`; for what of the image is damaged, after all else was added.
+
+    >>> with qcow2snap_core.open("disk.qcow2") as image:
+    ...     backup(image, "backups")
+    ['backups/1.qcow2', 'backups/2.qcow2']
+    """
+    arguments.instance("image", image, Image)
+    where = arguments.path("repository", repository)
+    check_compress(compress)
+    arguments.flag("verify", verify)
+    place = judge(where, REPOSITORY, in_place=True, words=LIBRARY)
+    with silent():
+        added = backups.backup(image._image, place, told(warn), compress, verify)
+    return [os.path.join(where, entry.disk.file) for entry in added]
+
+
+@public
+def restore(
+    repository: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    snapshot: str | None = None,
+    replace: bool = False,
+    verify: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[str]:
+    """Make an image with all snapshots of a repository again, or with ``snapshot`` a copy of that
+    one's disk: it is the name of its file in the repository, its ID or its name, of which the
+    newest counts, and ``target`` is what that of :func:`copy` can be.
+
+    The files are compared with their checksums first.  The keywords are those of :func:`split`.
+    Returns the names of the snapshots.  Raises as :func:`copy`, and ImageError when the repository
+    is damaged.
+
+    >>> restore("backups", "again.qcow2")
+    ['weekly', 'nightly']
+    """
+    where, path = arguments.path("repository", repository), arguments.path("target", target)
+    for name, value in {"replace": replace, "verify": verify}.items():
+        arguments.flag(name, value)
+    with silent():
+        if snapshot is None:
+            place = target_of(path, restoring.RESTORE_TARGETS, replace)
+            done = restoring.restore(where, place, told(warn), LIBRARY, verify)
+            return [each.name for each in done]
+        wanted = arguments.text("snapshot", snapshot)
+        if path == STANDARD_OUTPUT:
+            path = os.path.join(os.curdir, path)  # that is the command's notation
+        to = new_copy(path, replace=replace, words=LIBRARY)
+        restoring.restore_disk(where, wanted, to, told(warn), LIBRARY, verify)
+        return [wanted]
+
+
+@public
+def verify(repository: str | os.PathLike[str]) -> list[str]:
+    """Read all of a repository and compare it with its checksums: a line for each snapshot that
+    cannot be restored, none where all is well.
+
+    >>> verify("backups")
+    []
+    """
+    with silent():
+        found = restoring.verify(arguments.path("repository", repository))
+    return [each.problem for each in found if each.problem is not None]

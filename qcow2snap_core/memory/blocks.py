@@ -1,0 +1,23 @@
+"""RAM blocks, and runs of their pages."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+PAGE: Final = 4096  # of x86
+
+
+class Block(NamedTuple):
+    """A RAM block of QEMU's."""
+
+    name: str
+    size: int  # bytes
+
+
+class Run(NamedTuple):
+    """Pages that lie together in a block."""
+
+    block: int  # its number
+    offset: int  # in the block
+    length: int
+    data: bytes | None  # None: zeros

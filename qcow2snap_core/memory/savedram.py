@@ -1,0 +1,333 @@
+"""The RAM in a saved state.
+
+savevm writes a migration stream (QEMU: migration/savevm.c, migration/ram.c):
+
+    QEVM, version 3
+    configuration       the machine's type, and capabilities that change what follows
+    ram, start          the RAM blocks with their lengths
+    ram, part …         pages, each with its place in a block; 0 to many of these sections
+    ram, end            the last pages
+    device states       one section each
+    the end, and a description of the device states in JSON
+
+No section has a length: only who knows what is in one can find its end.  The RAM is self-contained
+up to the end of its last section, so nothing else has to be understood for it, and nothing behind
+it is read here.  What comes in between from anything but the RAM is refused, since it could not be
+left out without guessing; on a PC that is memory of virtio-mem, passed-through devices, and disks
+or bitmaps that are migrated too, which savevm does not do.
+
+savevm stops the machine, and so sends each page once, as a rule; but a page may come again, when a
+device has written to it meanwhile, and then the last one counts.  A page that is zero is sent as
+well, as a mark.  So a page that never comes is no zero page, but one that is lost.
+
+All that is read is checked: whether a block is known, and a page inside of it; whether lengths add
+up to what is announced; and what is announced against the state's own size.
+
+There is another form for the pages, :mod:`.mappedram`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Final
+
+from ..errors import ImageError, shown
+from .blocks import PAGE, Block, Run
+from .mappedram import Mapped, mapped_runs, read_header
+from .stream import Stream
+
+_MAGIC: Final = b"QEVM"
+_VERSION: Final = 3
+
+# migration/savevm.h, migration/qemu-file-types.h
+_START: Final = 0x01
+_PART: Final = 0x02
+_END: Final = 0x03
+_FULL: Final = 0x04
+_SUBSECTION: Final = 0x05
+_CONFIGURATION: Final = 0x07
+_COMMAND: Final = 0x08
+_FOOTER: Final = 0x7E
+
+_RAM: Final = "ram"
+_RAM_VERSION: Final = 4
+
+# RAM_SAVE_FLAG_…, in the low bits of a page's offset
+_ZERO_FLAG: Final = 0x02
+_MEM_SIZE: Final = 0x04
+_PAGE_FLAG: Final = 0x08
+_EOS: Final = 0x10
+_CONTINUE: Final = 0x20
+_XBZRLE: Final = 0x40
+_COMPRESSED: Final = 0x100
+_MULTIFD: Final = 0x200
+_FLAGS: Final = PAGE - 1
+
+_COMPRESS_BOUND: Final = PAGE + (PAGE >> 12) + (PAGE >> 14) + 13  # zlib's for a page
+_MOST: Final = 8 + 1 + 255 + 4 + _COMPRESS_BOUND  # a page with all that belongs to it
+_LEAST: Final = 8 + 1  # a zero page
+_RUN: Final = 1 << 20  # bytes that are handed on at once
+_MOST_CAPABILITIES: Final = 1000
+
+#: Commands with which a stream does not become another, and the bytes that belong to them
+#: (QEMU's enum qemu_vm_cmd): open-return-path, ping, switchover-start.
+_COMMANDS: Final = {1: 0, 2: 4, 11: 0}
+
+_CANNOT: Final = {
+    _XBZRLE: "pages as differences to older ones (XBZRLE)",
+    _MULTIFD: "pages that were sent over other connections (multifd)",
+}
+_IGNORE_SHARED: Final = "x-ignore-shared"
+_MAPPED_RAM: Final = "mapped-ram"
+
+_be64 = struct.Struct(">Q").unpack_from
+
+
+class SavedRam:
+    """The RAM in a stream: its blocks at once, its pages as they come."""
+
+    def __init__(self, stream: Stream) -> None:
+        """Read up to the pages.  Raises ImageError for what is damaged or not understood."""
+        self._stream = stream
+        if stream.take(4) != _MAGIC or stream.number(4) != _VERSION:
+            raise ImageError(f"{stream.name} is no migration stream of version 3")
+        #: the machine's type; None if it was saved without, as types before 2.4 are
+        self.machine: str | None = None
+        self._is_mapped = False
+        self._mapped: list[Mapped] = []
+        if stream.peek() == _CONFIGURATION:
+            stream.take(1)
+            self._configuration()
+        self._section = self._start()
+        self.blocks = self._block_list()
+        self._numbers = {block.name.encode(): n for n, block in enumerate(self.blocks)}
+        self._block: int | None = None  # of the page before
+        self._footers: bool | None = None
+        #: where the device states begin, if that is known before all pages have been read
+        self.end: int | None = None
+        if self._is_mapped:
+            for _ in self._sections():
+                raise stream.damaged("a page in a section, where each should have its place")
+            self.end = stream.offset
+
+    def runs(self) -> Iterator[Run]:
+        """All pages, in the order in which they were sent; once.  Raises ImageError, also when the
+        stream ends before the RAM does."""
+        if self._is_mapped:
+            return mapped_runs(self._stream, self.blocks, self._mapped)
+        return self._sections()
+
+    # --- Sections ---
+
+    def _sections(self) -> Iterator[Run]:
+        """The pages in the sections, from within the first to the end of the last."""
+        kind = _START
+        while True:
+            yield from self._pages()
+            self._footer()
+            if kind == _END:
+                return
+            kind = self._next()
+
+    def _configuration(self) -> None:
+        """QEMU: vmstate_configuration."""
+        stream = self._stream
+        self.machine = stream.text(stream.number(4))
+        while stream.peek() == _SUBSECTION:
+            stream.take(1)
+            name = stream.text()
+            stream.number(4)
+            if name == "configuration/target-page-bits":
+                if 1 << min(stream.number(4), 63) != PAGE:
+                    raise ImageError(f"{stream.name} has other pages than x86: only that is read")
+            elif name == "configuration/capabilities":
+                self._capabilities()
+            elif name == "configuration/uuid":
+                stream.take(16)
+            else:
+                raise ImageError(f"{stream.name} has a configuration that is not known: {name}")
+
+    def _capabilities(self) -> None:
+        stream = self._stream
+        count = stream.number(4)
+        if count > _MOST_CAPABILITIES:
+            raise stream.damaged(f"{count} capabilities")
+        for _ in range(count):
+            name = stream.text()
+            if name == _IGNORE_SHARED:
+                raise ImageError(
+                    f"{stream.name} was saved without the memory that is shared with other "
+                    f"programs ({name})"
+                )
+            self._is_mapped = self._is_mapped or name == _MAPPED_RAM
+
+    def _start(self) -> int:
+        """The RAM's first section, without its content; returns its number."""
+        stream = self._stream
+        while (kind := stream.number(1)) == _COMMAND:
+            self._command()
+        if kind not in (_START, _FULL):
+            raise stream.damaged(f"a section of type {kind:#x} before the RAM")
+        section, name = stream.number(4), stream.text()
+        _, version = stream.number(4), stream.number(4)
+        if kind != _START or name != _RAM:
+            raise self._foreign(name)
+        if version != _RAM_VERSION:
+            raise ImageError(f"{stream.name} has RAM of version {version}: only 4 is read")
+        return section
+
+    def _footer(self) -> None:
+        """The end of a section; with machine types before 2.4 none has one."""
+        stream = self._stream
+        there = stream.peek() == _FOOTER
+        if self._footers is None:
+            self._footers = there
+        if not self._footers:
+            return
+        if stream.number(1) != _FOOTER or stream.number(4) != self._section:
+            raise stream.damaged("a section of the RAM that does not end where it should")
+
+    def _next(self) -> int:
+        """On to the next section of the RAM; returns its type."""
+        stream = self._stream
+        while (kind := stream.number(1)) == _COMMAND:
+            self._command()
+        if kind in (_START, _FULL):
+            stream.number(4)
+            raise self._foreign(stream.text())
+        if kind not in (_PART, _END):
+            raise stream.damaged(f"a section of type {kind:#x} before the RAM's end")
+        if stream.number(4) != self._section:
+            raise stream.damaged("a part of another section than the RAM's")
+        return kind
+
+    def _command(self) -> None:
+        stream = self._stream
+        command, length = stream.number(2), stream.number(2)
+        if _COMMANDS.get(command) != length:
+            raise ImageError(
+                f"{stream.name} has the command {command} of a live migration, which is not read"
+            )
+        stream.take(length)
+
+    def _foreign(self, name: str) -> ImageError:
+        return ImageError(
+            f"{self._stream.name} has the state of {shown(name)} before the end of its RAM: it "
+            f"does not say how long that is"
+        )
+
+    # --- The RAM ---
+
+    def _block_list(self) -> tuple[Block, ...]:
+        stream = self._stream
+        word = stream.number(8)
+        total = word & ~_FLAGS
+        if word & _FLAGS != _MEM_SIZE:
+            raise stream.damaged("the RAM does not begin with its blocks")
+        if not self._is_mapped and total // PAGE * _LEAST > stream.size:
+            raise ImageError(
+                f"{stream.name} has {stream.size} bytes, which cannot be the {total // PAGE} "
+                f"pages that it announces"
+            )
+        blocks: dict[str, int] = {}
+        while left := total - sum(blocks.values()):
+            name, size = stream.text(), stream.number(8)
+            if name in blocks:
+                raise stream.damaged(f"RAM block {shown(name)} comes twice")
+            if not 0 < size <= left or size % PAGE:
+                raise stream.damaged(f"RAM block {shown(name)} of {size} bytes, with {left} to go")
+            blocks[name] = size
+            if self._is_mapped:
+                self._mapped.append(read_header(stream, Block(name, size)))
+        return tuple(Block(name, size) for name, size in blocks.items())
+
+    def _pages(self) -> Iterator[Run]:
+        """Up to the section's end.  This is done for each of a million pages: so it looks into the
+        window itself."""
+        stream = self._stream
+        first = end = 0  # of the pages gathered
+        gathered: list[bytes] | None = None  # None: zeros
+        while True:
+            stream.ensure(_MOST)
+            window, at = stream.window, stream.at
+            # Fewer at the stream's end alone; what then is missing is noticed page by page.
+            last = max(at, len(window) - _MOST)
+            while at <= last:
+                before = self._block
+                at, offset, data, over = self._page(window, at)
+                if at > len(window):
+                    raise stream.ends_early()
+                same = offset == end and self._block == before and end - first < _RUN
+                if over or not same or (data is None) != (gathered is None):
+                    if end > first:
+                        assert before is not None
+                        content = None if gathered is None else b"".join(gathered)
+                        yield Run(before, first, end - first, content)
+                    if over:
+                        stream.at = at
+                        return
+                    first = offset
+                    gathered = None if data is None else []
+                end = offset + PAGE
+                if data is not None and gathered is not None:
+                    gathered.append(data)
+            stream.at = at
+
+    def _page(self, window: bytes, at: int) -> tuple[int, int, bytes | None, bool]:
+        """(where the next begins, its offset in the block, its bytes if it is not zero, whether it
+        was no page but the section's end)."""
+        stream = self._stream
+        try:
+            (word,) = _be64(window, at)
+            at += 8
+            flags = word & _FLAGS
+            if flags == _EOS:
+                return at, 0, None, True
+            if not flags & _CONTINUE:
+                length = window[at]
+                name = window[at + 1 : at + 1 + length]
+                at += 1 + length
+                if at > len(window):
+                    raise stream.ends_early()
+            kind = flags & ~_CONTINUE
+            if kind not in (_PAGE_FLAG, _ZERO_FLAG, _COMPRESSED):
+                stream.at = at
+                raise self._not_read(kind)
+            if not flags & _CONTINUE:
+                self._block = self._numbers.get(name)
+            offset = word - flags
+            if self._block is None or offset >= self.blocks[self._block].size:
+                stream.at = at
+                raise stream.damaged(f"a page at {offset:#x} that is in no RAM block")
+            if kind == _PAGE_FLAG:
+                return at + PAGE, offset, window[at : at + PAGE], False
+            if kind == _ZERO_FLAG:  # all its bytes are this one
+                fill = window[at]
+                return at + 1, offset, bytes((fill,)) * PAGE if fill else None, False
+            length = int.from_bytes(window[at : at + 4], "big")
+            packed = window[at + 4 : at + 4 + length]
+            if len(window) < at + 4 + length <= at + 4 + _COMPRESS_BOUND:
+                raise stream.ends_early()
+            return at + 4 + length, offset, self._unpacked(packed, length), False
+        except (struct.error, IndexError):
+            raise stream.ends_early() from None
+
+    def _unpacked(self, packed: bytes, length: int) -> bytes:
+        decoder = zlib.decompressobj()
+        try:
+            if length <= _COMPRESS_BOUND:
+                data = decoder.decompress(packed, PAGE)
+                more = decoder.decompress(decoder.unconsumed_tail, 1)
+                if len(data) == PAGE and not more and decoder.eof:
+                    return data
+        except zlib.error:
+            pass
+        raise self._stream.damaged("a compressed page that is none")
+
+    def _not_read(self, kind: int) -> ImageError:
+        for flag, what in _CANNOT.items():
+            if kind & flag:
+                return ImageError(f"{self._stream.name} has {what}: that is not read")
+        return self._stream.damaged(f"a page with the flags {kind:#x}")

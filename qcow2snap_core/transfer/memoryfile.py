@@ -1,0 +1,214 @@
+"""A file with the RAM of a saved machine, for programs that look into memory.
+
+Raw, it is what the machine's processors could address, from 0 on: what is no RAM, like the hole
+below 4 GiB, is a hole in the file and reads as zeros.  As ELF it has the RAM alone, in segments
+that know their addresses.  Zero pages take no space in either.
+
+The pages come in the order in which QEMU sent them; a page that comes again replaces what was
+written of it.  None may be missing.  The file gets its name when all is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Final, NamedTuple
+
+from ..errors import ImageError, UsageError, shown
+from ..format import ondisk as q
+from ..format.snapshots import Snapshot
+from ..image.disk import Disk
+from ..image.extents import Extent
+from ..image.image import Image
+from ..memory.blocks import PAGE, Block, Run
+from ..memory.cmos import find_end, read_cmos
+from ..memory.elf import elf_header
+from ..memory.places import Layout, Placed, Wish, layout
+from ..memory.savedram import SavedRam
+from ..memory.stream import Stream
+from ..storage.libnbd import is_uri
+from ..util.interrupts import raise_if_interrupted
+from ..util.progress import progress
+from ..util.units import binary
+from .job import Warn, warn_of_encryption
+from .judge import Kind, Place
+from .mover import THREADS, THREADS_REMOTE, count, ordered
+from .outputs import output, permissions
+from .room import check_space
+from .targets import RawTarget
+
+MEMORY_TARGETS: Final = Kind.FILE
+FORMS: Final = ("raw", "elf")
+_ELF: Final = ".elf"
+
+# What was last sent of a page; 0 is nothing.
+_ZEROS: Final = 1
+_DATA: Final = 2
+
+
+def form_of_memory(target: str) -> str:
+    """The form that a file of that name has."""
+    return "elf" if target.endswith(_ELF) else "raw"
+
+
+class Memory(NamedTuple):
+    """What was written."""
+
+    machine: str | None  # its type
+    blocks: Sequence[Block]
+    placed: Sequence[Placed]
+    data: int  # bytes that are not zero pages
+
+    def __str__(self) -> str:
+        of = self.machine or "a machine"
+        total = sum(place.length for place in self.placed)
+        return f"{binary(total)} of memory of {of}, {binary(self.data)} of it in pages with data"
+
+
+class _Shape(NamedTuple):
+    """What a file is made of."""
+
+    header: bytes
+    offsets: Sequence[int]  # in the file, of each place
+    size: int
+
+
+def save_memory(
+    image: Image, snapshot: Snapshot, place: Place, form: str, wish: Wish, warn: Warn
+) -> Memory:
+    """Write the RAM in the VM state of a snapshot to the file ``place``.
+
+    ``form`` is one of FORMS.  Raises UsageError before anything is written when that cannot be
+    done; ImageError for what is damaged, missing, or not understood; what :meth:`.Disk.pread_into`
+    raises, and StorageError when the file cannot be written.
+    """
+    place.ensure_apart(image.files)
+    threads = THREADS_REMOTE if is_uri(image.path) else THREADS
+    name = place.name
+    state = _all_that_may_be(image, snapshot)
+
+    def pieces(start: int, end: int) -> Generator[memoryview, None, None]:
+        return ordered(state, lambda: _extents(state, start, end), threads)
+
+    with closing(Stream(state.name, snapshot.vm_state_size, state.size, pieces)) as stream:
+        saved = SavedRam(stream)
+        memory = layout(saved.machine, saved.blocks, wish)
+        shape = _shape(form, memory.placed)
+        if wish.below_4g is None:
+            size: int | None = snapshot.vm_state_size
+            if saved.end is not None:
+                size = find_end(state.pread, saved.end, state.size)
+            _ask_machine(state, size, memory, warn)
+        warn_of_encryption(image, warn)
+        with output(name, most=permissions(image.files), replace=place.replace) as part:
+            needed = count(lambda: _extents(state, 0, stream.size)).data
+            check_space(os.path.dirname(part), needed, f"writing {shown(name)}")
+            with _opened(part) as fd:
+                os.ftruncate(fd, shape.size)
+                written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd))
+    return Memory(saved.machine, saved.blocks, memory.placed, written)
+
+
+def _all_that_may_be(image: Image, snapshot: Snapshot) -> Disk:
+    """The VM state, and what the snapshot's tables have behind it: its recorded size counts the
+    bytes that were written, and not where (:meth:`.Stream.seek`)."""
+    state = image.disk(snapshot, vm_state=True)
+    reach = state.tables.l1_size * state.tables.bytes_per_l1_entry - state.base
+    if not snapshot.vm_state_size < reach <= q.MAX_DISK_SIZE:
+        return state
+    more = snapshot._replace(vm_state_size=reach)
+    return image.disk(more, vm_state=True, guard=image.guard([snapshot]))
+
+
+def _extents(disk: Disk, at: int, end: int) -> Iterator[Extent]:
+    """A range; :meth:`.Disk.extents` stops after a bounded amount of work."""
+    while at < end:
+        for extent in disk.extents(at, end - at):
+            yield extent
+            at = extent.offset + extent.length
+
+
+def _shape(form: str, placed: Sequence[Placed]) -> _Shape:
+    header, offsets = b"", [place.address for place in placed]
+    if form == "elf":
+        header, offsets = elf_header(placed)
+    return _Shape(header, offsets, offsets[-1] + placed[-1].length)
+
+
+def _ask_machine(state: Disk, size: int | None, memory: Layout, warn: Warn) -> None:
+    """Raises UsageError when the machine itself says that its memory lies elsewhere.  ``size`` is
+    that of its state, if that is known."""
+    below, above = memory.below_4g, memory.above_4g
+    said = None if size is None else read_cmos(state.pread, size)
+    if said is None:
+        warn(
+            f"the state does not say how much of the memory lay below 4 GiB: {binary(below)} is "
+            f"what the type of its machine has, unless max-ram-below-4g was given to QEMU"
+        )
+    elif not said.agrees(below, above):
+        raise UsageError(
+            f"of the memory {binary(below)} should lie below 4 GiB and {binary(above)} above, but "
+            f"the machine's CMOS says {binary(said.below_4g)} and {binary(said.above_4g)}: add "
+            f"--below-4g with what its max-ram-below-4g was, or {below} if it had none"
+        )
+
+
+def _write(
+    saved: SavedRam, placed: Sequence[Placed], shape: _Shape, stream: Stream, target: RawTarget
+) -> int:
+    """Write the file; returns the bytes in pages that are not zero."""
+    target.write(memoryview(shape.header), 0)
+    sent = {place.block: bytearray(saved.blocks[place.block].size // PAGE) for place in placed}
+    with progress("copying", stream.size) as bar:
+        before = 0
+        for run in saved.runs():
+            raise_if_interrupted()
+            bar(stream.offset - before)
+            before = stream.offset
+            if run.block not in sent:
+                continue
+            pages = slice(run.offset // PAGE, (run.offset + run.length) // PAGE)
+            again = _DATA in sent[run.block][pages]
+            kind = _ZEROS if run.data is None else _DATA
+            sent[run.block][pages] = bytes((kind,)) * (run.length // PAGE)
+            for part, at in _parts(run, placed, shape.offsets):
+                if part.data is not None:
+                    target.write(memoryview(part.data), at)
+                    target.wrote(at, part.length)
+                elif again:
+                    target.zero(at, part.length)
+        _check_all_there(sent, saved.blocks, stream)
+        bar.now("waiting for the disk")
+        target.flush()
+    return PAGE * sum(pages.count(_DATA) for pages in sent.values())
+
+
+def _parts(run: Run, placed: Sequence[Placed], offsets: Sequence[int]) -> Iterator[tuple[Run, int]]:
+    """What of the run goes to one place, and to which offset of the file."""
+    for place, at in zip(placed, offsets, strict=True):
+        first = max(run.offset, place.offset)
+        end = min(run.offset + run.length, place.offset + place.length)
+        if place.block == run.block and first < end:
+            data = None if run.data is None else run.data[first - run.offset : end - run.offset]
+            yield Run(run.block, first, end - first, data), at + first - place.offset
+
+
+def _check_all_there(
+    sent: Mapping[int, bytearray], blocks: Sequence[Block], stream: Stream
+) -> None:
+    for n, pages in sent.items():
+        if missing := pages.count(0):
+            raise ImageError(
+                f"{stream.name} lacks {missing} of the {len(pages)} pages of RAM block "
+                f"{shown(blocks[n].name)}, the first at {pages.index(0) * PAGE:#x}"
+            )
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

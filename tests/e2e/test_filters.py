@@ -1,0 +1,77 @@
+"""nbdkit's filters before all exports of an image: what docs/recipes.md says of each version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbd
+import pytest
+from support import qemu
+from support.qemu import KiB, MiB
+from support.server import Server, serve
+
+VERSION = tuple(map(int, re.findall(r"\d+", qemu.run("nbdkit", "--version"))[:2]))
+FILTERS = Path(
+    dict(x.split("=", 1) for x in qemu.run("nbdkit", "--dump-config").splitlines())["filterdir"]
+)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = qemu.create(tmp_path_factory.mktemp("filters") / "disk.qcow2", MiB)
+    for name, byte in (("one", 1), ("two", 2)):
+        qemu.io(path, f"write -P {byte} 0 {MiB}")
+        qemu.take(path, name)
+    return path
+
+
+def first(server: Server, export: str) -> int:
+    """The first byte, read with 64 KiB."""
+    with server.connect(export) as client:
+        return client.pread(64 * KiB, 0)[0]
+
+
+def test_cow_has_an_overlay_for_each_export_since_1_44(disk: Path) -> None:
+    with serve(file=disk, filters=("cow",)) as server:
+        with server.connect("one") as client:
+            client.pwrite(bytes([9]) * 64 * KiB, 0)
+        assert first(server, "one") == 9
+        assert first(server, "two") == (2 if VERSION >= (1, 44) else 9)
+
+
+def test_what_cow_read_is_kept_for_each_export_since_1_44(disk: Path) -> None:
+    with serve(file=disk, filters=("cow",), cow_on_read="true") as server:
+        assert first(server, "one") == 1
+        assert first(server, "two") == (2 if VERSION >= (1, 44) else 1)
+
+
+def test_cache_keeps_what_was_read_for_all_exports(disk: Path) -> None:
+    """No version is known that does not; where this fails, the recipe has to say since when."""
+    with serve(file=disk, filters=("cache",), cache_on_read="true") as server:
+        assert first(server, "one") == 1
+        assert first(server, "two") == 1
+
+
+def test_with_one_snapshot_they_keep_what_is_right(disk: Path) -> None:
+    options = {"cache_on_read": "true", "cow_on_read": "true", "snapshot": "two"}
+    with serve(file=disk, filters=("cow", "cache"), **options) as server:
+        assert [first(server, name) for name in ("", "two", "2", "")] == [2] * 4
+
+
+def test_openonce_opens_each_export_once(disk: Path, tmp_path: Path) -> None:
+    if not (FILTERS / "nbdkit-openonce-filter.so").exists():
+        pytest.skip("nbdkit has it since 1.44")
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(disk.read_bytes())
+    with serve(file=image, filters=("openonce",)) as server:
+        assert [first(server, name) for name in ("one", "two", "one")] == [1, 2, 1]
+        with pytest.raises(nbd.Error), server.connect("three"):
+            pass
+        qemu.delete(image, "one")
+        qemu.take(image, "one")  # another one: the active disk, which is as "two"
+        with server.connect("one") as client, pytest.raises(nbd.Error):
+            client.pread(512, 0)
+        assert "was deleted" in server.log
+        assert first(server, "two") == 2

@@ -1,0 +1,442 @@
+"""prune: what is told, and what QEMU has deleted afterwards, quiet or running.
+
+The policy itself is tests/tables/test_keep.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import damage, live, qemu, running, secret
+from support.command import fails, on_terminal, qcow2snap, qcow2snap_json, run
+from support.devices import loop_device
+from support.qemu import KiB, MiB
+from support.refcounts import allocated
+from support.relay import relayed
+from support.remote import remote
+from support.tables import Entry, write_table
+from support.vm import machine
+
+FIRST = int(datetime(2024, 2, 26, 10).timestamp())  # a Monday
+HOUR, DAY = 3600, 86400
+
+
+def redate(path: Path, dates: dict[str, int]) -> None:
+    """Say of snapshots when they were taken, seconds after FIRST."""
+    for name, s in qemu.snapshots(path).items():
+        if name in dates:
+            qemu.patch(path, s.entry_offset + 16, struct.pack(">II", FIRST + dates[name], 0))
+
+
+@pytest.fixture
+def disk(tmp_path: Path, made: Path) -> Path:
+    """Ten snapshots in five days, each with an L1 table, an L2 table and a cluster of its own."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(made.read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = qemu.create(tmp_path_factory.mktemp("made") / "disk.qcow2", 4 * MiB)
+    dates = {}
+    for n in range(10):
+        qemu.io(path, f"write -P {n + 1} {n * 64}k 64k", f"write -P {n + 1} 3M 64k")
+        name = f"{'morning' if n % 2 == 0 else 'evening'}-{n // 2 + 1}"
+        qemu.take(path, name)
+        dates[name] = n // 2 * DAY + n % 2 * 8 * HOUR
+    redate(path, dates)
+    return path
+
+
+def names(path: Path) -> list[str]:
+    return [s["name"] for s in qemu.info(path).get("snapshots", [])]
+
+
+NEWEST = ["evening-4", "morning-5", "evening-5"]
+EVENINGS = [f"evening-{n}" for n in range(1, 6)]
+
+TOLD = """\
+keep 3 snapshots:
+ID  TAG        DATE                 REASONS
+6   evening-3  2024-02-28 18:00:00  daily snapshot
+8   evening-4  2024-02-29 18:00:00  daily snapshot
+                                    monthly snapshot
+10  evening-5  2024-03-01 18:00:00  last snapshot
+                                    daily snapshot
+                                    monthly snapshot
+{} 7 snapshots, which frees 1.31 MiB:
+ID  TAG        DATE
+1   morning-1  2024-02-26 10:00:00
+2   evening-1  2024-02-26 18:00:00
+3   morning-2  2024-02-27 10:00:00
+4   evening-2  2024-02-27 18:00:00
+5   morning-3  2024-02-28 10:00:00
+7   morning-4  2024-02-29 10:00:00
+9   morning-5  2024-03-01 10:00:00
+"""
+RULES = ("--keep-daily", "3", "--keep-monthly", "2", "--keep-last", "1")
+
+
+def test_what_would_be_done_is_told(disk: Path) -> None:
+    before = disk.read_bytes()
+    assert qcow2snap("prune", disk, *RULES, "--dry-run") == TOLD.format("would delete")
+    assert disk.read_bytes() == before
+    [found] = qcow2snap_json("prune", disk, *RULES, "--dry-run")
+    assert disk.read_bytes() == before
+    assert [s["id"] for s in found["delete"]] == ["1", "2", "3", "4", "5", "7", "9"]
+    assert found["keep"][1] == {
+        "id": "8",
+        "name": "evening-4",
+        "date-sec": FIRST + 3 * DAY + 8 * HOUR,
+        "date-nsec": 0,
+        "reasons": ["daily snapshot", "monthly snapshot"],
+    }
+    assert (found["freed-size"], found["deleted"]) == (7 * 3 * 64 * KiB, False)
+    assert found["freed-disk-size"] + found["freed-vm-state-size"] == found["freed-size"]
+
+
+def test_what_was_told_is_done_and_the_others_are_as_they_were(disk: Path) -> None:
+    kept = {name: qemu.content(disk, name) for name in EVENINGS[2:]}
+    active = qemu.content(disk)
+    identities = {s.identity for name, s in qemu.snapshots(disk).items() if name in kept}
+    clusters = allocated(disk)
+    assert qcow2snap("prune", disk, *RULES) == TOLD.format("delete")
+    assert names(disk) == list(kept)
+    assert {s.identity for s in qemu.snapshots(disk).values()} == identities
+    assert {name: qemu.content(disk, name) for name in kept} == kept
+    assert qemu.content(disk) == active
+    assert clusters - allocated(disk) == 7 * 3 * 64 * KiB
+    qemu.run("qemu-img", "check", "-q", disk)
+    said = qcow2snap("prune", disk, *RULES)
+    assert said.endswith("there is nothing to delete\n")
+    [found] = qcow2snap_json("prune", disk, *RULES)
+    assert (found["delete"], found["freed-size"]) == ([], 0)
+
+
+def test_what_has_another_name_is_left_alone(disk: Path) -> None:
+    said = qcow2snap("prune", disk, "--keep-last", "1", "--match", "morn*", "--match", "*-[45]")
+    assert "evening-1" not in said
+    assert names(disk) == [*EVENINGS[:3], "evening-5"]
+
+
+def test_within_a_duration_and_without_a_limit(disk: Path) -> None:
+    qcow2snap("prune", disk, "--keep-within", "2d", "--keep-weekly", "unlimited")
+    assert names(disk) == ["morning-1", "morning-4", *NEWEST]
+
+
+def test_names_fit_the_terminal(disk: Path) -> None:
+    qemu.take(disk, "n" * 200)
+    lines = on_terminal("prune", disk, "--keep-last", "1", "--dry-run", columns=60)
+    assert max(map(len, lines)) <= 60
+    assert any(re.search(r"nnn… +20\d\d-.* last snapshot", line) for line in lines)
+
+
+WRONG = {
+    "no rule": ((), 2, "no rule keeps anything"),
+    "rules that keep nothing": (("--keep-last", "0"), 2, "no rule keeps anything"),
+    "a pattern alone": (("--match", "*"), 2, "no rule keeps anything"),
+    "no number": (("--keep-last", "all"), 2, "give a whole number"),
+    "a negative number": (("--keep-last", "-2"), 2, "give a whole number"),
+    "no duration": (("--keep-within", "2w"), 1, "is no duration"),
+    "a socket alone": (("--keep-last", "1", "--qmp", "x"), 2, "go together"),
+    "a device alone": (("--keep-last", "1", "--device", "x"), 2, "go together"),
+    "no socket": (
+        ("--keep-last", "1", "--qmp", "/x", "--device", "d"),
+        1,
+        "cannot connect to '/x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_line_deletes_nothing(disk: Path, case: str) -> None:
+    words, status, said = WRONG[case]
+    before = disk.read_bytes()
+    done = run("prune", disk, *words)
+    assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert disk.read_bytes() == before
+
+
+# --- Which snapshot is meant ---
+
+
+ODD = ["1", "two words", "-x", "c,d=e", "", "a\nb", "nbd:x", "ünïcode", "json:{", "last"]
+
+
+def test_whatever_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "a:b, c").mkdir()
+    path = qemu.create(tmp_path / "a:b, c" / "d=e,,.qcow2", MiB)
+    for name in ODD:
+        qemu.run("qemu-img", "snapshot", "-c", name, path)
+    damage.rename(path, {"two words": b"not UTF-8: \xff"})
+    qcow2snap("prune", path, "--keep-last", "1")
+    assert names(path) == ["last"]
+
+
+def test_of_several_with_one_name_the_right_ones_go(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for n in range(4):
+        qemu.io(path, f"write -P {n + 1} 0 64k")
+        qemu.take(path, "nightly")
+    expected = qemu.content(path, "4", by="id")
+    qcow2snap("prune", path, "--keep-last", "1")
+    assert [s["id"] for s in qemu.info(path)["snapshots"]] == ["4"]
+    assert qemu.content(path, "nightly") == expected
+
+
+def ambiguous(path: Path, case: str) -> Path:
+    """An image in which a name does not mean what is to be deleted."""
+    qemu.create(path, MiB)
+    # The first one is not the oldest, and so is kept; its ID is 1.
+    for name in ("nightly", "1", "x") if case == "an ID" else ("nightly", "nightly", "x"):
+        qemu.take(path, name)
+    for (entry, _), date in zip(entries(path), (2 * DAY, 0, 3 * DAY), strict=True):
+        qemu.patch(path, entry + 16, struct.pack(">I", FIRST + date))
+    return path
+
+
+def entries(path: Path) -> list[tuple[int, str]]:
+    """(offset in the file, ID) of each entry of the snapshot table."""
+    at, found = qemu.field64(path, 64), []
+    for _ in range(int.from_bytes(qemu.peek(path, 60, 4), "big")):
+        entry = damage.table_entry(path, at)
+        extra, id_size = int.from_bytes(entry[36:40], "big"), int.from_bytes(entry[12:14], "big")
+        found.append((at, entry[40 + extra : 40 + extra + id_size].decode()))
+        at += -(-len(entry) // 8) * 8
+    return found
+
+
+def ids(path: Path) -> list[str]:
+    return [id_ for _, id_ in entries(path)]
+
+
+@pytest.mark.parametrize("case", ["an ID", "a name twice"])
+def test_where_a_name_means_another_nothing_is_deleted(tmp_path: Path, case: str) -> None:
+    path = ambiguous(tmp_path / "disk.qcow2", case)
+    before = path.read_bytes()
+    said = fails("prune", path, "--keep-last", "2")
+    why = "its name is the ID of snapshot 'nightly' (ID 1)" if case == "an ID" else "comes first"
+    assert why in said
+    assert "(ID 2) cannot be told to QEMU" in said
+    assert path.read_bytes() == before
+    with live.running(path) as it:  # it takes both
+        qcow2snap("prune", path, "--keep-last", "2", "--qmp", it.qmp_socket, "--device", "disk")
+    assert ids(path) == ["1", "3"]
+
+
+# --- With qemu-img ---
+
+
+@pytest.mark.parametrize("form", ["aes", "luks"])
+def test_an_encrypted_image_wants_its_passphrase(tmp_path: Path, form: str) -> None:
+    path, secrets = tmp_path / "disk.qcow2", ("open sesame",)
+    secret.create(path, MiB, secrets, **{"encrypt.format": form})
+    for name in ("one", "two"):
+        secret.take(path, secrets, name)
+    assert "add --passphrase +FILE" in fails("prune", path, "--keep-last", "1")
+    if form == "luks":
+        said = fails("prune", path, "--keep-last", "1", "--passphrase", "wrong")
+        assert f"Could not open '{path}': Invalid password" in said
+        assert "0 of 1 were deleted" in said
+    assert len(names_of(path)) == 2
+    qcow2snap("prune", path, "--keep-last", "1", "--passphrase", "open sesame")
+    assert names_of(path) == ["two"]
+
+
+def names_of(path: Path) -> list[str]:
+    return list(qemu.snapshots(path))
+
+
+def test_what_the_image_names_is_not_opened(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("one", "two"):
+        qemu.take(path, name)
+    listening = tmp_path / "nbd.sock"
+    qemu.run(
+        "qemu-img", "rebase", "-u", "-F", "raw", "-b", f"nbd+unix:///?socket={listening}", path
+    )
+    qcow2snap("prune", path, "--keep-last", "1")
+    assert names_of(path) == ["two"]
+
+
+def test_nor_an_external_data_file(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB, data_file=tmp_path / "data.raw")
+    l1_size, l1 = struct.unpack(">IQ", qemu.peek(path, 36, 12))
+    size = struct.pack(">QQ", 0, MiB)
+    write_table(path, [Entry(b"%d" % n, b"made", l1, l1_size, extra=size) for n in (1, 2)])
+    before = path.read_bytes()
+    assert "has an external data file" in fails("prune", path, "--keep-last", "1")
+    assert path.read_bytes() == before
+
+
+def test_a_block_device(disk: Path, tmp_path: Path) -> None:
+    content = disk.read_bytes().ljust(8 * MiB, b"\0")
+    with loop_device(tmp_path, content) as device:
+        qcow2snap("prune", device, "--keep-last", "2")
+        assert names_of(device) == ["morning-5", "evening-5"]
+
+
+def test_an_image_elsewhere_is_refused(disk: Path) -> None:
+    with remote("file", disk) as server:
+        assert "is remote: run this where the file is" in fails(
+            "prune", server.uri, "--keep-last", "1"
+        )
+        assert "would delete 9" in qcow2snap("prune", server.uri, "--keep-last", "1", "--dry-run")
+
+
+def test_a_damaged_image_is_left_alone(disk: Path) -> None:
+    damage.put64(disk, damage.l1_entry(disk, "morning-1", 0), damage.END_OF_FILE)
+    before = disk.read_bytes()
+    assert "is damaged: qcow2snap check tells" in fails("prune", disk, "--keep-last", "1")
+    assert disk.read_bytes() == before
+    qemu.patch(disk, 60, struct.pack(">I", 70_000))
+    assert "the snapshot table is damaged" in fails("prune", disk, "--keep-last", "1")
+
+
+def test_no_snapshots(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    assert qcow2snap("prune", path, "--keep-last", "1") == "there is nothing to delete\n"
+
+
+def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    qemu.take(path, "first")
+    s = qemu.snapshots(path)["first"]
+    for n in range(60):
+        qemu.take(path, f"n{n}")
+    kept = qemu.content(path, "n59")
+    assert s.id == "1"
+    with running.started("prune", path, "--keep-last", "1") as process:
+        running.until(lambda: len(names_of(path)) < 60, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    [line] = said.splitlines()
+    deleted = re.fullmatch(r"qcow2snap: stopped: (\d+) of 60 snapshots were deleted", line)
+    assert deleted is not None, line
+    left = names_of(path)
+    assert 1 < len(left) < 60
+    assert len(left) == 61 - int(deleted[1])
+    assert left[-1] == "n59"
+    qemu.run("qemu-img", "check", "-q", path)
+    assert qemu.content(path, "n59") == kept
+
+
+# --- With a running QEMU ---
+
+
+def test_a_running_qemu_has_to_do_it(disk: Path) -> None:
+    kept = {name: qemu.content(disk, name) for name in EVENINGS[2:]}
+    with live.running(disk) as it:
+        said = fails("prune", disk, *RULES)
+        assert "is in use, a QEMU has it open for writing: add --qmp SOCKET --device NODE" in said
+        assert len(names(disk)) == 10
+        assert qcow2snap("prune", disk, *RULES, "--dry-run") == TOLD.format("would delete")
+        with it.guest() as guest:
+            guest.pwrite(b"new" * 100, 0)
+        it.take("now")
+        through = ("--qmp", it.qmp_socket, "--device", "disk")
+        out = qcow2snap("prune", disk, "--match", "*-*", *RULES, *through)
+        assert out == TOLD.format("delete")
+        with it.guest() as guest:
+            assert guest.pread(300, 0) == b"new" * 100
+        assert names(disk) == [*EVENINGS[2:], "now"]
+    assert {name: qemu.content(disk, name) for name in kept} == kept
+    assert qemu.content(disk, "now")[:300] == b"new" * 100
+    qemu.run("qemu-img", "check", "-q", disk)
+
+
+def test_it_has_to_be_the_file_that_qemu_has_open(disk: Path, tmp_path: Path) -> None:
+    other = qemu.create(tmp_path / "other.qcow2", MiB)
+    for name in ("one", "two"):
+        qemu.take(other, name)
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(disk.read_bytes())
+    with live.running(disk) as it:
+        through = ("--keep-last", "1", "--qmp", it.qmp_socket, "--device")
+        assert "'disk' has other snapshots in QEMU than" in fails("prune", other, *through, "disk")
+        said = fails("prune", copy, *through, "disk")
+        assert f"QEMU has '{disk}' open: '{copy}' is another file" in said
+        assert "its qcow2 ones are disk" in fails("prune", disk, *through, "vda")
+        assert "is file, not qcow2" in fails("prune", disk, *through, "file")
+        assert "given twice" in fails("prune", disk, *through, "disk", "--device", "disk")
+    assert len(names(disk)) == len(names(copy)) == 10
+
+
+def test_a_copy_is_noticed_after_the_first_where_qemu_s_files_cannot_be_seen(
+    disk: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(disk.read_bytes())
+    with live.running(disk) as it, relayed(tmp_path, it.qmp_socket) as relay:
+        it.qmp.execute("query-named-block-nodes")
+        disk.rename(tmp_path / "moved.qcow2")  # so that its name does not lead there either
+        said = fails("prune", copy, "--keep-last", "1", "--qmp", relay, "--device", "disk")
+    assert f"but '{copy}' still has it: is it the file that QEMU has open?" in said
+    assert said.endswith("0 of 9 were deleted")
+    assert len(names(tmp_path / "moved.qcow2")) == 9
+    assert len(names(copy)) == 10
+
+
+def test_names_that_qmp_cannot_say(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("a", "b", "c"):
+        qemu.take(path, name)
+    damage.rename(path, {"a": b"not UTF-8: \xff", "b": "ünïcode".encode()})
+    with live.running(path) as it:
+        through = ("--qmp", it.qmp_socket, "--device", "disk")
+        qcow2snap("prune", path, "--keep-last", "1", *through)
+    assert names(path) == ["c"]
+
+
+def test_a_machine_and_its_saved_states_on_two_disks(tmp_path: Path) -> None:
+    disks = [qemu.create(tmp_path / f"{n}.qcow2", 4 * MiB) for n in "ab"]
+    socket = tmp_path / "qmp"
+    more = ("-drive", f"if=none,id=second,file={disks[1]},format=qcow2")
+    with machine(disks[0], *more, "-qmp", f"unix:{socket},server=on,wait=off") as vm:
+        first = next(d for d in vm.qmp("query-block") if d["inserted"]["file"] == str(disks[0]))
+        for n in range(3):
+            vm.run_a_little()
+            vm.save(f"state-{n}")
+        vm.qmp("blockdev-snapshot-internal-sync", device="second", name="its own")
+        given = ("--keep-last", "1", "--qmp", socket, "--device", first["device"])
+        # What is on the first disk alone leaves a state that cannot be loaded; it is asked for.
+        [found] = qcow2snap_json("prune", disks[0], *given, "--dry-run")
+        assert found["freed-vm-state-size"] > MiB // 2
+        out = qcow2snap("prune", disks[0], *given, "--device", "second")
+        assert " of it VM state:\n" in out
+        assert names(disks[0]) == ["state-2"]
+        assert names(disks[1]) == ["state-2", "its own"]
+        jobs: list[Any] = vm.qmp("query-jobs")
+        assert jobs == [], "nothing is left behind"
+        ended = [e for e in vm.events if e.get("data", {}).get("status") == "concluded"]
+        assert len(ended) == 2, "a job for each saved machine"
+        assert vm.hmp("loadvm state-2") == ""
+        assert "No snapshot" not in vm.hmp("info snapshots")
+    for disk in disks:
+        qemu.run("qemu-img", "check", "-q", disk)
+
+
+def test_another_disk_s_snapshots_must_be_the_same_ones(tmp_path: Path) -> None:
+    disks = [qemu.create(tmp_path / f"{n}.qcow2", 4 * MiB) for n in "ab"]
+    for disk in disks:
+        for name in ("old", "new"):
+            qemu.take(disk, name)
+    redate(disks[1], {"old": 0})
+    socket = tmp_path / "qmp"
+    more = ("-drive", f"if=none,id=second,file={disks[1]},format=qcow2")
+    with machine(disks[0], *more, "-qmp", f"unix:{socket},server=on,wait=off") as vm:
+        device = vm.qmp("query-block")[0]["device"]
+        given = ("--keep-last", "1", "--qmp", socket, "--device", device, "--device", "second")
+        said = fails("prune", disks[0], *given)
+    assert "on device 'second' is of another time than snapshot 'old' (ID 1)" in said
+    assert [names(disk) for disk in disks] == [["old", "new"]] * 2

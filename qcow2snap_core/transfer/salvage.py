@@ -1,10 +1,10 @@
 """A disk that cannot be read whole, as one that can: with zeros, and a list of what was lost.
 
 What its tables have lost is known at once (:mod:`..tables.lost`).  A range of data that cannot be
-read is cut into halves until they can be, or are single sectors; a compressed cluster can only be
+read is cut into quarters until they can be, or are single sectors; a compressed cluster can only be
 lost as a whole.  All pieces of a size are tried before any smaller ones, so nothing is given up
-that was not tried: a disk that takes seconds for each error gets some for a range, and what has
-failed by then is lost in larger pieces.
+that was not tried.  A disk may take seconds for each error, so a range gets some time, and smaller
+pieces are begun only if that will do: of each piece that has failed at least one will fail again.
 
 A deleted snapshot is no damage: other bytes would be where its own were.
 """
@@ -12,7 +12,7 @@ A deleted snapshot is no damage: other bytes would be where its own were.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import Final, NamedTuple
 
@@ -24,7 +24,8 @@ from ..storage.local import Buffer
 from ..tables.lost import LOST, Range, ensure_there, ranges
 from ..util.interrupts import raise_if_interrupted
 
-_PATIENCE: Final = 10.0  # seconds for what is read at once, 2 MiB at the most
+_PATIENCE: Final = 30.0  # seconds for what is read at once, 2 MiB at the most
+_CUT: Final = 4  # pieces that become of one
 
 
 class Loss(NamedTuple):
@@ -59,8 +60,8 @@ class Salvage:
             self._disk.pread_into(view, offset)
         except SnapshotGone:
             raise
-        except (ImageError, StorageError):
-            self._read_in_parts(view, offset)
+        except (ImageError, StorageError) as e:
+            self._read_in_parts(view, offset, str(e))
 
     def losses(self) -> list[Loss]:
         """All that was lost so far, in order; neighbours are one, with the reason of the first."""
@@ -76,8 +77,9 @@ class Salvage:
 
     # --- Inside ---
 
-    def _read_in_parts(self, view: memoryview, start: int) -> None:
-        patience = time.monotonic() + _PATIENCE
+    def _read_in_parts(self, view: memoryview, start: int, error: str) -> None:
+        """Fill a buffer from a range that could not be read in one go, for which ``error`` is."""
+        end = time.monotonic() + _PATIENCE
         view[:] = bytes(len(view))
         parts: list[Range] = []
         for found in ranges(self._disk, start, len(view)):
@@ -85,30 +87,41 @@ class Salvage:
                 self._lose(found)
             elif found.type == ALLOCATED:
                 parts.append(found)
-        while parts:
-            ensure_there(self._disk)
-            smaller: list[Range] = []
-            for part in parts:
-                raise_if_interrupted()
-                at = part.offset - start
-                why = self._try(view[at : at + part.length], part.offset)
-                if why is None:
-                    continue
-                if part.whole or part.length <= q.SECTOR or time.monotonic() > patience:
-                    self._lose(part._replace(why=why))
+        if len(parts) == 1 and parts[0].length == len(view):
+            failed, spent = [parts[0]._replace(why=error)], 0.0  # that was it
+        else:
+            failed, spent = self._try(parts, view, start)
+        while failed:
+            too_late = time.monotonic() + spent > end
+            parts = []
+            for part in failed:
+                if part.whole or part.length <= q.SECTOR or too_late:
+                    self._lose(part)
                 else:
-                    smaller += _halves(part)
-            parts = smaller
+                    parts += _cut(part)
+            failed, spent = self._try(parts, view, start)
         self._disk.confirm()
 
-    def _try(self, view: memoryview, offset: int) -> str | None:
-        """Read what is all in one kind of cluster; why it cannot be read, as zeros then."""
-        try:
-            self._disk.fill(view, offset)
-        except (ImageError, StorageError) as e:
-            view[:] = bytes(len(view))
-            return str(e)
-        return None
+    def _try(
+        self, parts: Iterable[Range], view: memoryview, start: int
+    ) -> tuple[list[Range], float]:
+        """Read parts of a range, each of which is in one kind of cluster; those that cannot be read
+        stay zeros.  Returns them with the reasons, and how many seconds they took."""
+        failed: list[Range] = []
+        spent = 0.0
+        for part in parts:
+            raise_if_interrupted()
+            wanted = view[part.offset - start :][: part.length]
+            began = time.monotonic()
+            try:
+                self._disk.fill(wanted, part.offset)
+            except (ImageError, StorageError) as e:
+                wanted[:] = bytes(len(wanted))
+                failed.append(part._replace(why=str(e)))
+                spent += time.monotonic() - began
+        if failed:
+            ensure_there(self._disk)
+        return failed, spent
 
     def _lose(self, part: Range) -> None:
         with self._lock:
@@ -120,9 +133,9 @@ class Salvage:
                 self._noted.append(Loss(part.offset, part.length, part.why))
 
 
-def _halves(part: Range) -> tuple[Range, Range]:
-    """It is longer than a sector."""
-    middle = (part.offset + part.length // 2) // q.SECTOR * q.SECTOR
-    middle = max(middle, (part.offset // q.SECTOR + 1) * q.SECTOR)
-    first = part._replace(length=middle - part.offset)
-    return first, part._replace(offset=middle, length=part.length - first.length)
+def _cut(part: Range) -> Iterator[Range]:
+    """Pieces of a part that is longer than a sector, in whole sectors but for the last one."""
+    sectors = -(-part.length // q.SECTOR)
+    step = -(-sectors // _CUT) * q.SECTOR
+    for at in range(0, part.length, step):
+        yield part._replace(offset=part.offset + at, length=min(step, part.length - at))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import Final, NamedTuple
 
-from ..errors import ImageError, SnapshotGone, StorageError
+from ..errors import ImageError, SnapshotGone, StorageError, UsageError
 from ..format import ondisk as q
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
@@ -26,6 +26,9 @@ from ..util.interrupts import raise_if_interrupted
 
 _PATIENCE: Final = 30.0  # seconds for what is read at once, 2 MiB at the most
 _CUT: Final = 4  # pieces that become of one
+# Tables can be made to lose every other cluster of exabytes.
+_MOST: Final = 1_000_000  # losses
+_MOST_REASONS: Final = 10_000  # that are kept with them
 
 
 class Loss(NamedTuple):
@@ -41,20 +44,22 @@ class Salvage:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
-        self._noted: list[Loss] = []
+        self._by_tables: list[Loss] = []  # as the plan found them the last time
+        self._by_reads: list[Loss] = []
         self._lock = Lock()
 
     def plan(self) -> Iterator[Extent]:
         """All of the disk; what its tables have lost counts as zeros.  Raises as
-        :func:`.ranges`."""
+        :func:`.ranges`, and UsageError when there are too many losses."""
+        self._by_tables = []
         for found in ranges(self._disk, 0, self._disk.size):
             if found.type == LOST:
-                self._lose(found)
+                self._lose(found, self._by_tables)
             kind = ALLOCATED if found.type == ALLOCATED else HOLE_ZERO
             yield Extent(found.offset, found.length, kind)
 
     def pread_into(self, buffer: Buffer, offset: int) -> None:
-        """Raises as :func:`.ranges`."""
+        """Raises as :meth:`plan`."""
         view = memoryview(buffer).cast("B")
         try:
             self._disk.pread_into(view, offset)
@@ -66,7 +71,7 @@ class Salvage:
     def losses(self) -> list[Loss]:
         """All that was lost so far, in order; neighbours are one, with the reason of the first."""
         found: list[Loss] = []
-        for loss in sorted(self._noted):
+        for loss in sorted([*self._by_tables, *self._by_reads]):
             last = found[-1] if found else None
             if last is None or loss.offset > last.offset + last.length:
                 found.append(loss)
@@ -84,7 +89,7 @@ class Salvage:
         parts: list[Range] = []
         for found in ranges(self._disk, start, len(view)):
             if found.type == LOST:
-                self._lose(found)
+                self._lose(found, self._by_reads)
             elif found.type == ALLOCATED:
                 parts.append(found)
         if len(parts) == 1 and parts[0].length == len(view):
@@ -96,7 +101,7 @@ class Salvage:
             parts = []
             for part in failed:
                 if part.whole or part.length <= q.SECTOR or too_late:
-                    self._lose(part)
+                    self._lose(part, self._by_reads)
                 else:
                     parts += _cut(part)
             failed, spent = self._try(parts, view, start)
@@ -123,14 +128,19 @@ class Salvage:
             ensure_there(self._disk)
         return failed, spent
 
-    def _lose(self, part: Range) -> None:
+    def _lose(self, part: Range, noted: list[Loss]) -> None:
         with self._lock:
-            last = self._noted[-1] if self._noted else None
+            last = noted[-1] if noted else None
             if last is not None and last.offset + last.length == part.offset:
                 # A bad table is lost cluster by cluster, of which there may be millions.
-                self._noted[-1] = last._replace(length=last.length + part.length)
-            else:
-                self._noted.append(Loss(part.offset, part.length, part.why))
+                noted[-1] = last._replace(length=last.length + part.length)
+                return
+            if len(noted) >= _MOST:
+                raise UsageError(
+                    f"more than {_MOST:,} ranges of it cannot be read: no map of it is made"
+                )
+            why = part.why if len(noted) < _MOST_REASONS else ""
+            noted.append(Loss(part.offset, part.length, why))
 
 
 def _cut(part: Range) -> Iterator[Range]:

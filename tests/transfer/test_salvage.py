@@ -19,7 +19,7 @@ from support.mutants import KINDS, mutants, qemus
 from support.qemu import KiB, MiB
 from support.vm import machine
 
-from qcow2snap_core.errors import Error, SnapshotGone, StorageError
+from qcow2snap_core.errors import Error, SnapshotGone, StorageError, UsageError
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.mapping import Budget
 from qcow2snap_core.image.opener import Options, open_image
@@ -360,6 +360,30 @@ def test_of_a_terabyte_behind_damaged_entries_not_every_cluster_is_asked_for(
         assert {e.type for e in salvage.plan()} == {3}
         assert [(x.offset, x.length) for x in salvage.losses()] == [(0, TiB)]
     assert time.thread_time() - began < 2
+
+
+def test_there_is_an_end_to_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other entry of an L2 table is bad, and all of the L1 table lead to it."""
+    path = qemu.create(tmp_path / "disk.qcow2", SIZE, cluster_size=CLUSTER)
+    qemu.io(path, f"write -P 5 0 {SIZE}")
+    qemu.take(path, "one")
+    table = damage.l2_table(path, "one", 0)
+    for n in range(0, CLUSTER // 8, 2):
+        damage.put64(path, table + 8 * n, 0x200)
+    damage.put64(path, damage.l1_entry(path, "one", 2 * MiB), table)
+    monkeypatch.setattr(module, "_MOST_REASONS", 100)
+    with opened(path, "one") as disk:
+        salvage = Salvage(disk)
+        for _ in range(2):  # as a copy goes through the plan
+            assert sum(e.type == 3 for e in salvage.plan()) == 512
+        losses = salvage.losses()
+        assert [(x.offset, x.length) for x in losses] == [
+            (n * CLUSTER, CLUSTER) for n in range(0, SIZE // CLUSTER, 2)
+        ]
+        assert [bool(x.why) for x in losses] == [True] * 100 + [False] * 412
+        monkeypatch.setattr(module, "_MOST", 511)
+        with pytest.raises(UsageError, match="more than 511 ranges of it cannot be read"):
+            list(salvage.plan())
 
 
 def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:

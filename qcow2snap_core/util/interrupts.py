@@ -8,7 +8,8 @@ at hundreds of random moments, it was all three.  So it never does here, but for
 - until the command begins, the signals do what they do to any program (:func:`default`);
 - a command that has nothing to clean up ends at once, with the usual status (:func:`ending`);
 - one that has only notes them, and asks at the points where it can stop (:func:`deferred`,
-  :func:`raise_if_interrupted`); a second signal ends the program on the spot.
+  :func:`raise_if_interrupted`); a second one ends the program on the spot, but for one that comes
+  within a second: timeout(1) signals its child and then its group, and means it once.
 
 A signal that is ignored when the program starts, as nohup and a shell's background jobs have it,
 stays ignored.
@@ -19,18 +20,21 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..errors import Error
-from ..typed import TYPE_CHECKING, Any
+from ..typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import subprocess
     from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REPEATED: Final = 1.0  # seconds after a signal in which another one is the same
 _noted = 0
+_noted_at = 0.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -139,6 +143,10 @@ def waking() -> Iterator[int]:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _noted
-    _noted = number
-    signal.signal(number, signal.SIG_DFL)
+    global _noted, _noted_at
+    now = time.monotonic()
+    if not _noted:
+        _noted, _noted_at = number, now
+    elif now > _noted_at + _REPEATED:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

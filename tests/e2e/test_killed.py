@@ -141,3 +141,21 @@ def test_what_a_running_one_writes_is_left_alone(made: dict[str, Path], tmp_path
 def parts(directory: Path) -> list[str]:
     """The temporary names that are there."""
     return [name for name in os.listdir(directory) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("kind", ["copy", "split"])
+def test_a_signal_that_comes_twice_at_once_is_one(
+    made: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """timeout(1) sends its child one, and then its whole group."""
+    out = tmp_path / "out"
+    with started(*arguments(kind, made, out)) as process:
+        eventually(lambda: process.poll() is not None or parts(tmp_path))
+        for _ in range(20):  # while it comes to an end
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        _, err = process.communicate(timeout=60)
+    assert parts(tmp_path) == []
+    assert process.returncode in (0, 143, -15)  # the last: when Python is ending
+    assert not err
+    check_whole(kind, made, out)

@@ -18,11 +18,10 @@ from typing import Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
 from ..util.units import binary
-from .blocks import PAGE, Block
+from .blocks import MOST_RAM, PAGE, Block
 
 _4G: Final = 1 << 32
 _MOST: Final = 1 << 52  # bytes that x86 can address
-_MOST_RAM: Final = 1 << 43  # of which a note is kept for each page
 # Where a processor is AMD's, QEMU (7.1 on) puts what is above 4 GiB to 1 TiB instead when it would
 # not fit below this (AMD_HT_START); which processor it was is not known here.
 _MOVED_FROM: Final = 0xFD_0000_0000
@@ -152,8 +151,8 @@ def _split(main: Sequence[int], blocks: Sequence[Block], low: int) -> list[Place
 
 
 def _checked(found: list[Placed], blocks: Sequence[Block]) -> list[Placed]:
-    if sum(place.length for place in found) > _MOST_RAM:
-        raise UsageError(f"more memory than {binary(_MOST_RAM)} is not written to a file")
+    if sum(place.length for place in found) > MOST_RAM:
+        raise UsageError(f"more memory than {binary(MOST_RAM)} is not written to a file")
     end = 0
     for place in found:
         name = shown(blocks[place.block].name)

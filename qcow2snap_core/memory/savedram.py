@@ -32,7 +32,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from ..errors import ImageError, shown
-from .blocks import PAGE, Block, Run
+from ..util.interrupts import raise_if_interrupted
+from ..util.units import binary
+from .blocks import MOST_BLOCKS, MOST_RAM, PAGE, Block, Run
 from .mappedram import Mapped, mapped_runs, read_header
 from .pages import FLAGS, MEM_SIZE, Pages
 from .stream import Stream
@@ -103,6 +105,7 @@ class SavedRam:
         """The pages in the sections, from within the first to the end of the last."""
         kind = _START
         while True:
+            raise_if_interrupted()  # there may be sections without end, and no page in any
             yield from self._pages.runs()
             self._footer()
             if kind == _END:
@@ -209,14 +212,23 @@ class SavedRam:
                 f"{stream.name} has {stream.size} bytes, which cannot be the {total // PAGE} "
                 f"pages that it announces"
             )
+        if total > MOST_RAM:
+            raise ImageError(
+                f"{stream.name} has {binary(total)} of RAM: no more than {binary(MOST_RAM)} is read"
+            )
         blocks: dict[str, int] = {}
-        while left := total - sum(blocks.values()):
+        left = total
+        while left:
+            raise_if_interrupted()
+            if len(blocks) == MOST_BLOCKS:
+                raise stream.damaged(f"more than {MOST_BLOCKS} RAM blocks")
             name, size = stream.text(), stream.number(8)
             if name in blocks:
                 raise stream.damaged(f"RAM block {shown(name)} comes twice")
             if not 0 < size <= left or size % PAGE:
                 raise stream.damaged(f"RAM block {shown(name)} of {size} bytes, with {left} to go")
             blocks[name] = size
+            left -= size
             if self._is_mapped:
                 self._mapped.append(read_header(stream, Block(name, size)))
         return tuple(Block(name, size) for name, size in blocks.items())

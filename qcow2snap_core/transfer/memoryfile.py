@@ -26,6 +26,7 @@ from ..memory.cmos import find_end, read_cmos
 from ..memory.elf import elf_header
 from ..memory.places import Layout, Placed, Wish, layout
 from ..memory.savedram import SavedRam
+from ..memory.sent import Sent
 from ..memory.stream import Stream
 from ..storage.libnbd import is_uri
 from ..util.interrupts import raise_if_interrupted
@@ -41,10 +42,6 @@ from .targets import RawTarget
 MEMORY_TARGETS: Final = Kind.FILE
 FORMS: Final = ("raw", "elf")
 _ELF: Final = ".elf"
-
-# What was last sent of a page; 0 is nothing.
-_ZEROS: Final = 1
-_DATA: Final = 2
 
 
 def form_of_memory(target: str) -> str:
@@ -159,7 +156,7 @@ def _write(
 ) -> int:
     """Write the file; returns the bytes in pages that are not zero."""
     target.write(memoryview(shape.header), 0)
-    sent = {place.block: bytearray(saved.blocks[place.block].size // PAGE) for place in placed}
+    sent = {place.block: Sent(saved.blocks[place.block]) for place in placed}
     with progress("copying", stream.size) as bar:
         before = 0
         for run in saved.runs():
@@ -168,10 +165,7 @@ def _write(
             before = stream.offset
             if run.block not in sent:
                 continue
-            pages = slice(run.offset // PAGE, (run.offset + run.length) // PAGE)
-            again = _DATA in sent[run.block][pages]
-            kind = _ZEROS if run.data is None else _DATA
-            sent[run.block][pages] = bytes((kind,)) * (run.length // PAGE)
+            again = sent[run.block].note(run)
             for part, at in _parts(run, placed, shape.offsets):
                 if part.data is not None:
                     target.write(memoryview(part.data), at)
@@ -181,7 +175,7 @@ def _write(
         _check_all_there(sent, saved.blocks, stream)
         bar.now("waiting for the disk")
         target.flush()
-    return PAGE * sum(pages.count(_DATA) for pages in sent.values())
+    return sum(each.data for each in sent.values())
 
 
 def _parts(run: Run, placed: Sequence[Placed], offsets: Sequence[int]) -> Iterator[tuple[Run, int]]:
@@ -194,14 +188,13 @@ def _parts(run: Run, placed: Sequence[Placed], offsets: Sequence[int]) -> Iterat
             yield Run(run.block, first, end - first, data), at + first - place.offset
 
 
-def _check_all_there(
-    sent: Mapping[int, bytearray], blocks: Sequence[Block], stream: Stream
-) -> None:
-    for n, pages in sent.items():
-        if missing := pages.count(0):
+def _check_all_there(sent: Mapping[int, Sent], blocks: Sequence[Block], stream: Stream) -> None:
+    for n, each in sent.items():
+        if (missing := each.missing()) is not None:
+            count, first = missing
             raise ImageError(
-                f"{stream.name} lacks {missing} of the {len(pages)} pages of RAM block "
-                f"{shown(blocks[n].name)}, the first at {pages.index(0) * PAGE:#x}"
+                f"{stream.name} lacks {count} of the {blocks[n].size // PAGE} pages of RAM block "
+                f"{shown(blocks[n].name)}, the first at {first:#x}"
             )
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
-from ..image.extents import Extent
 from ..image.image import Image
 from ..memory.blocks import PAGE, Block, Run
 from ..memory.cmos import find_end, read_cmos
@@ -34,8 +33,9 @@ from ..util.progress import progress
 from ..util.units import binary
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
-from .mover import THREADS, THREADS_REMOTE, count, ordered
+from .mover import THREADS, THREADS_REMOTE, between, count, ordered
 from .outputs import output, permissions
+from .rawfile import give_size, opened
 from .room import check_space
 from .targets import RawTarget
 
@@ -86,7 +86,7 @@ def save_memory(
     state = _all_that_may_be(image, snapshot)
 
     def pieces(start: int, end: int) -> Generator[memoryview, None, None]:
-        return ordered(state, lambda: _extents(state, start, end), threads)
+        return ordered(state, lambda: between(state, start, end), threads)
 
     with closing(Stream(state.name, snapshot.vm_state_size, state.size, pieces)) as stream:
         saved = SavedRam(stream)
@@ -99,10 +99,10 @@ def save_memory(
             _ask_machine(state, size, memory, warn)
         warn_of_encryption(image, warn)
         with output(name, most=permissions(image.files), replace=place.replace) as part:
-            needed = count(lambda: _extents(state, 0, stream.size)).data
+            needed = count(lambda: between(state, 0, stream.size)).data
             check_space(os.path.dirname(part), needed, f"writing {shown(name)}")
-            with _opened(part) as fd:
-                os.ftruncate(fd, shape.size)
+            with opened(part) as fd:
+                give_size(name, fd, shape.size)
                 written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd))
     return Memory(saved.machine, saved.blocks, memory.placed, written)
 
@@ -116,14 +116,6 @@ def _all_that_may_be(image: Image, snapshot: Snapshot) -> Disk:
         return state
     more = snapshot._replace(vm_state_size=reach)
     return image.disk(more, vm_state=True, guard=image.guard([snapshot]))
-
-
-def _extents(disk: Disk, at: int, end: int) -> Iterator[Extent]:
-    """A range; :meth:`.Disk.extents` stops after a bounded amount of work."""
-    while at < end:
-        for extent in disk.extents(at, end - at):
-            yield extent
-            at = extent.offset + extent.length
 
 
 def _shape(form: str, placed: Sequence[Placed]) -> _Shape:
@@ -196,12 +188,3 @@ def _check_all_there(sent: Mapping[int, Sent], blocks: Sequence[Block], stream: 
                 f"{stream.name} lacks {count} of the {blocks[n].size // PAGE} pages of RAM block "
                 f"{shown(blocks[n].name)}, the first at {first:#x}"
             )
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from support import command, damage, qemu
 from support import savedstate as made
 from support.qemu import MiB
 from support.savedstate import PAGE, put_state
+from support.server import ROOT
 from support.vm import Vm, machine
 
 GiB = 1 << 30
@@ -354,6 +357,17 @@ def test_targets_and_snapshots(image: Path) -> None:
     assert "is the image that is read" in command.fails("memory", image, "live", image, "--force")
     assert command.run("memory", image, "live", out, "--force").returncode == 0
     assert out.read_bytes() == b"".join(CONTENT)
+
+
+def test_a_file_that_cannot_be_so_long(image: Path) -> None:
+    put_state(image, "live", DIMM)
+    out = image.with_name("out")
+    line = ["prlimit", f"--fsize={GiB}", sys.executable, "-m", "qcow2snap_core", "memory"]
+    words = [image, "live", out, "--place", f"dimm0={GiB}"]
+    done = subprocess.run([*line, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"cannot make '{out}' 1 GiB long: file too large")
+    assert sorted(path.name for path in image.parent.iterdir()) == ["disk.qcow2"]
 
 
 def test_a_damaged_table_is_an_error(image: Path) -> None:

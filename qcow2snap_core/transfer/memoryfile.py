@@ -20,10 +20,11 @@ from ..format import ondisk as q
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
 from ..image.image import Image
+from ..memory.acpi import AcpiTables
 from ..memory.blocks import PAGE, Block, Run
 from ..memory.cmos import find_end, read_cmos
 from ..memory.elf import elf_header
-from ..memory.places import Layout, Placed, Wish, layout
+from ..memory.places import ABOVE_1T, ABOVE_4G, Layout, Placed, Wish, layout
 from ..memory.savedram import SavedRam
 from ..memory.sent import Sent
 from ..memory.stream import Stream
@@ -103,7 +104,10 @@ def save_memory(
             check_space(os.path.dirname(part), needed, f"writing {shown(name)}")
             with opened(part) as fd:
                 give_size(name, fd, shape.size)
-                written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd))
+                tables = AcpiTables(saved.blocks)
+                written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd), tables)
+            if not memory.is_sure:
+                _ask_tables(tables, memory, warn)
     return Memory(saved.machine, saved.blocks, memory.placed, written)
 
 
@@ -143,8 +147,29 @@ def _ask_machine(state: Disk, size: int | None, memory: Layout, warn: Warn) -> N
         )
 
 
+def _ask_tables(tables: AcpiTables, memory: Layout, warn: Warn) -> None:
+    """Raises UsageError when the memory above 4 GiB was not there, as has been assumed."""
+    said = tables.above_4g(memory.above_4g)
+    if said is None:
+        warn(
+            f"the state does not say whether the {binary(memory.above_4g)} above 4 GiB were at "
+            f"{ABOVE_4G:#x}, as in most machines: if the processor was AMD's, and maxmem or the "
+            f"PCI hole reached 1010 GiB, add --above-4g {ABOVE_1T:#x}"
+        )
+    elif said != ABOVE_4G:
+        raise UsageError(
+            f"the machine had the memory above 4 GiB at {said:#x}, as its ACPI tables say: add "
+            f"--above-4g {said:#x}"
+        )
+
+
 def _write(
-    saved: SavedRam, placed: Sequence[Placed], shape: _Shape, stream: Stream, target: RawTarget
+    saved: SavedRam,
+    placed: Sequence[Placed],
+    shape: _Shape,
+    stream: Stream,
+    target: RawTarget,
+    tables: AcpiTables,
 ) -> int:
     """Write the file; returns the bytes in pages that are not zero."""
     target.write(memoryview(shape.header), 0)
@@ -155,6 +180,7 @@ def _write(
             raise_if_interrupted()
             bar(stream.offset - before)
             before = stream.offset
+            tables.note(run)
             if run.block not in sent:
                 continue
             again = sent[run.block].note(run)

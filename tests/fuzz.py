@@ -44,6 +44,7 @@ if __name__ == "__main__" and sys.argv[1:2] not in ([], ["--keep"]):
         import qcow2snap_core.image.disk
         import qcow2snap_core.image.image
         import qcow2snap_core.image.subclusters
+        import qcow2snap_core.memory.acpi
         import qcow2snap_core.memory.cmos
         import qcow2snap_core.memory.savedram  # noqa: F401
 
@@ -57,6 +58,8 @@ from qcow2snap_core.format import bitmaps, snapshot_table
 from qcow2snap_core.format import ondisk as q
 from qcow2snap_core.format.header import read_header
 from qcow2snap_core.image import clusters, disk, guard, layers, mapping, subclusters, tablereader
+from qcow2snap_core.memory.acpi import AcpiTables
+from qcow2snap_core.memory.blocks import PAGE, Block, Run
 from qcow2snap_core.memory.cmos import find_end, read_cmos
 from qcow2snap_core.memory.places import Wish, layout
 from qcow2snap_core.memory.savedram import SavedRam
@@ -273,6 +276,14 @@ def cmos(data: bytes) -> None:
     assert end is None or 0 < end <= len(data)
 
 
+def acpi(data: bytes) -> None:
+    size = max(1, -(-len(data) // PAGE)) * PAGE
+    tables = AcpiTables([Block("/rom@etc/acpi/tables", size)])
+    tables.note(Run(0, 0, size, data.ljust(size, b"\0")))
+    said = tables.above_4g(1 << 30)
+    assert said is None or said >= 1 << 32
+
+
 # A header that is good: version 3, clusters of 64 KiB.
 EMPTY = struct.pack(">4sIQII", b"QFI\xfb", 3, 0, 0, 16).ljust(100, b"\0") + struct.pack(">I", 104)
 
@@ -289,6 +300,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": directory_manifest,
     "memory": saved_memory,
     "cmos": cmos,
+    "acpi": acpi,
 }
 
 
@@ -317,7 +329,7 @@ def seeds(directory: Path, target: str) -> Iterator[bytes]:
         yield records.text(records.Record(who, size=1 << 26, mtime_ns=1_700_000_000_123_456_789))
         yield records.text(records.Record(who._replace(id="2"), who, between=True))
         return
-    if target == "manifest":
+    if target in ("manifest", "acpi"):
         for file in corpus_of(target):
             yield file
         return

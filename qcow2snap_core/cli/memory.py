@@ -2,8 +2,9 @@
 
 OUT is raw, byte for byte where the machine's processors saw it, what is no RAM being a hole of
 zeros; or an ELF file if its name ends in .elf. The machine is a pc or q35. What its state does not
-say has to be given: --below-4g if it was started with max-ram-below-4g, --ram if its memory has
-another name than QEMU's and libvirt's, and --place for DIMMs and the like. OUT appears when it is
+say has to be given: --below-4g if it was started with max-ram-below-4g, --above-4g if QEMU had to
+move what lies above, --ram if its memory has another name than QEMU's and libvirt's, and --place
+for DIMMs and the like. OUT appears when it is
 whole, and no page of RAM may be missing."""
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--below-4g", metavar="SIZE", help="how much of the memory lies below 4 GiB"
     )
     parser.add_argument(
+        "--above-4g", metavar="ADDRESS", help="where the rest begins, 0x10000000000 say"
+    )
+    parser.add_argument(
         "--ram",
         metavar="BLOCK",
         action="append",
@@ -62,7 +66,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     form = args.format or form_of_memory(args.out)
     below = None if args.below_4g is None else parse_size(args.below_4g)
-    wish = Wish(below, args.ram, dict(map(_placed, args.place)))
+    above = None if args.above_4g is None else _address(args.above_4g)
+    if args.above_4g is not None and above is None:
+        raise UsageError(f"--above-4g {escaped(args.above_4g)}: give an address, like 0x100000000")
+    wish = Wish(below, above, args.ram, dict(map(_placed, args.place)))
     if args.out in OUTPUT_NAMES:
         raise UsageError("pages come in any order, which standard output cannot take: give a file")
     ensure_not_source(args.out, args.file)
@@ -78,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _placed(text: str) -> tuple[str, int | None]:
     block, _, address = text.rpartition("=")
+    at = _address(address)
+    if not block or (at is None and address != "none"):
+        raise UsageError(f"--place {escaped(text)}: give BLOCK=ADDRESS or BLOCK=none")
+    return block, at
+
+
+def _address(text: str) -> int | None:
     try:
-        at = None if address == "none" else int(address, 0)
-        if block and (at is None or at >= 0):
-            return block, at
+        at = int(text, 0)
     except ValueError:
-        pass
-    raise UsageError(f"--place {escaped(text)}: give BLOCK=ADDRESS or BLOCK=none")
+        return None
+    return at if at >= 0 else None
 
 
 def _objects(memory: Memory) -> Iterator[dict[str, Any]]:

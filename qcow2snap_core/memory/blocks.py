@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 PAGE: Final = 4096  # of x86
+MOST_RAM: Final = 1 << 43  # bytes, of all blocks: of each page there is a note
+MOST_BLOCKS: Final = 4096
 
 
 class Block(NamedTuple):

@@ -24,7 +24,7 @@ _END: Final = b"\x00\x06"  # of the device states, and the description's mark
 _MOST_DESCRIPTION: Final = 16 << 20  # bytes; that of a large machine has one
 _MOST_STATES: Final = 64 << 20  # bytes, with the description
 _MOST_MARKS: Final = 1000  # that are looked at
-_CLOCK: Final = "mc146818rtc"
+_CLOCK: Final = b"mc146818rtc"
 _REGISTERS: Final = 128
 _UNIT: Final = 64 << 10
 _FIRST: Final = 16 << 20  # what is below it is in other registers
@@ -98,7 +98,7 @@ def _description(read: Read, size: int) -> tuple[Any, int] | None:
 def _clock(read: Read, description: Any, end: int) -> int | None:
     """The offset of the clock's registers."""
     for device in reversed(_list(description, "devices")):
-        name = _get(device, "name", str).encode()
+        name = _name(device)
         length = _fields(device, end) + _subsections(device, end)
         state = end - len(_FOOTER) - 4 - length
         header = 1 + 4 + 1 + len(name) + 4 + 4
@@ -111,7 +111,7 @@ def _clock(read: Read, description: Any, end: int) -> int | None:
             raise _OddError
         if read(len(footer), state + length) != footer:
             raise _OddError
-        if name.decode() == _CLOCK:
+        if name == _CLOCK:
             first = _list(device, "fields")[:1]
             if not first or _get(first[0], "name", str) != "cmos_data" or length < _REGISTERS:
                 raise _OddError
@@ -124,8 +124,8 @@ def _fields(owner: Any, most: int) -> int:
     """The bytes of all fields of a state.  QEMU: vmsd_desc_field_start and vmsd_desc_field_end."""
     total = 0
     for field in _list(owner, "fields"):
-        count = _get(field, "array_len", int) if "array_len" in field else 1
-        total += _get(field, "size", int) * count
+        size = _get(field, "size", int)
+        total += size * (_get(field, "array_len", int) if "array_len" in field else 1)
         if not 0 <= total <= most:
             raise _OddError
     return total
@@ -138,6 +138,13 @@ def _subsections(owner: Any, most: int) -> int:
         total += 1 + 1 + len(_get(each, "vmsd_name", str)) + 4
         total += _fields(each, most) + _subsections(each, most)
     return total
+
+
+def _name(device: Any) -> bytes:
+    name: str = _get(device, "name", str)
+    if not name.isascii():  # JSON can say what no encoding has: half of a surrogate pair
+        raise _OddError
+    return name.encode()
 
 
 def _get(owner: Any, key: str, kind: type) -> Any:

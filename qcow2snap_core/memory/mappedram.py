@@ -20,6 +20,7 @@ from .stream import Stream
 
 _VERSION: Final = 1
 _AT_ONCE: Final = 256  # pages
+_BITMAP_AT_ONCE: Final = 1 << 20  # bytes: of 32 GiB
 
 
 class Mapped(NamedTuple):
@@ -48,22 +49,30 @@ def read_header(stream: Stream, block: Block) -> Mapped:
 def mapped_runs(stream: Stream, blocks: tuple[Block, ...], where: list[Mapped]) -> Iterator[Run]:
     """All pages of all blocks."""
     for n, (block, at) in enumerate(zip(blocks, where, strict=True)):
-        stream.seek(at.bitmap)
-        bitmap = stream.take(_bitmap_size(block))
-        stream.seek(at.pages)
-        unread = 0  # bytes of zero pages, which are passed over when there is one behind them
-        for first in range(0, block.size // PAGE, _AT_ONCE):
-            count = min(_AT_ONCE, block.size // PAGE - first)
-            bits = int.from_bytes(bitmap[first // 8 : first // 8 + _AT_ONCE // 8], "little")
-            for page, pages, written in _same(bits, count):
-                offset, length = (first + page) * PAGE, pages * PAGE
-                if written:
-                    stream.skip(unread)
-                    yield Run(n, offset, length, stream.take(length))
-                    unread = 0
-                else:
-                    unread += length
-                    yield Run(n, offset, length, None)
+        size = _bitmap_size(block)
+        for start in range(0, size, _BITMAP_AT_ONCE):
+            stream.seek(at.bitmap + start)
+            bitmap = stream.take(min(_BITMAP_AT_ONCE, size - start))
+            stream.seek(at.pages + start * 8 * PAGE)
+            yield from _runs(stream, n, block, bitmap, start * 8)
+
+
+def _runs(stream: Stream, n: int, block: Block, bitmap: bytes, before: int) -> Iterator[Run]:
+    """The block's pages of which this is the bitmap; so many are before them."""
+    unread = 0  # bytes of zero pages, which are passed over when there is one behind them
+    for at in range(0, min(len(bitmap) * 8, block.size // PAGE - before), _AT_ONCE):
+        first = before + at
+        count = min(_AT_ONCE, block.size // PAGE - first)
+        bits = int.from_bytes(bitmap[at // 8 : at // 8 + _AT_ONCE // 8], "little")
+        for page, pages, written in _same(bits, count):
+            offset, length = (first + page) * PAGE, pages * PAGE
+            if written:
+                stream.skip(unread)
+                yield Run(n, offset, length, stream.take(length))
+                unread = 0
+            else:
+                unread += length
+                yield Run(n, offset, length, None)
 
 
 def _same(bits: int, count: int) -> Iterator[tuple[int, int, bool]]:

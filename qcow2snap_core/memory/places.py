@@ -4,7 +4,8 @@ A saved state says which RAM blocks there are and nothing of where the machine s
 follows from the machine's type and the size of its memory: it begins at 0 and leaves a hole below
 4 GiB for devices; what has no room below the hole goes on at 4 GiB (QEMU: pc_init1 in
 hw/i386/pc_piix.c, pc_q35_init in hw/i386/pc_q35.c).  ``max-ram-below-4g`` can move the hole, and is
-not in the state; :mod:`.cmos` has what the machine itself said of it.
+not in the state; :mod:`.cmos` has what the machine itself said of it.  With an AMD processor what
+is above may be at 1 TiB instead; :mod:`.acpi` knows when, and mostly whether.
 
 Memory that was plugged in (DIMMs, virtio-mem) may lie anywhere above, and a state does not say
 where.  So every block has to be known: as main memory, as a device's own, or by its user's word.
@@ -16,16 +17,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from ..errors import ImageError, UsageError, shown
+from ..errors import UsageError, shown
 from ..util.units import binary
-from .blocks import PAGE, Block
+from .blocks import MOST_RAM, PAGE, Block
 
-_4G: Final = 1 << 32
+ABOVE_4G: Final = 1 << 32
+ABOVE_1T: Final = 1 << 40  # AMD_ABOVE_1TB_START
 _MOST: Final = 1 << 52  # bytes that x86 can address
-_MOST_RAM: Final = 1 << 43  # of which a note is kept for each page
-# Where a processor is AMD's, QEMU (7.1 on) puts what is above 4 GiB to 1 TiB instead when it would
-# not fit below this (AMD_HT_START); which processor it was is not known here.
-_MOVED_FROM: Final = 0xFD_0000_0000
+# Behind the memory comes the PCI devices' window, of 32 GiB if nothing else was asked for; what
+# ends higher is moved where the processor is AMD's (AMD_HT_START).
+_MOVED_FROM: Final = 0xFD_0000_0000 - (32 << 30)
+_FIRST_TO_MOVE: Final = 7, 1  # the machine types' version
+_VERSION: Final = re.compile(r"pc-(?:i440fx|q35)-(\d{1,3})\.(\d{1,3})(?:\+.*)?")
 _MOST_NAMED: Final = 10
 
 #: QEMU's own name of a PC's memory, and libvirt's names of that of NUMA nodes.
@@ -52,12 +55,14 @@ class Layout(NamedTuple):
     placed: Sequence[Placed]  # by address; at least one
     below_4g: int  # bytes of the main memory
     above_4g: int
+    is_sure: bool  # where the latter begins
 
 
 class Wish(NamedTuple):
     """What a user says of a machine's memory, because its state does not."""
 
     below_4g: int | None = None  # bytes
+    above_4g: int | None = None  # where the rest begins
     ram: Sequence[str] = ()  # the blocks that are its main memory, in order
     addresses: Mapping[str, int | None] = {}  # of blocks; None: it is to be left out
 
@@ -65,8 +70,7 @@ class Wish(NamedTuple):
 def layout(machine: str | None, blocks: Sequence[Block], wish: Wish) -> Layout:
     """Where a machine of that type has its blocks.
 
-    Raises UsageError, which says what to add, where that cannot be told; ImageError for what no
-    machine has.
+    Raises UsageError, which says what to add, where that cannot be told.
     """
     numbers = {block.name: n for n, block in enumerate(blocks)}
     for name in (*wish.ram, *wish.addresses):
@@ -84,18 +88,19 @@ def layout(machine: str | None, blocks: Sequence[Block], wish: Wish) -> Layout:
             )
     total = sum(blocks[numbers[name]].size for name in main)
     low = _below_4g(machine, total, wish)
-    placed = _split([numbers[name] for name in main], blocks, low)
+    start, is_sure = _above_4g(machine, total - low, wish)
+    placed = _split([numbers[name] for name in main], blocks, low, start)
     for name, address in wish.addresses.items():
         if address is not None:
             n = numbers[name]
             placed.append(Placed(address, blocks[n].size, n, 0))
-    return Layout(_checked(sorted(placed), blocks), low, total - low)
+    return Layout(_checked(sorted(placed), blocks), low, total - low, is_sure)
 
 
 def _below_4g(machine: str | None, total: int, wish: Wish) -> int:
     """How many bytes of the main memory lie below the hole."""
     if wish.below_4g is not None:
-        if not 0 < wish.below_4g <= _4G or wish.below_4g % PAGE:
+        if not 0 < wish.below_4g <= ABOVE_4G or wish.below_4g % PAGE:
             raise UsageError("--below-4g: give a size of whole pages, up to 4G")
         return min(total, wish.below_4g)
     if machine is None:
@@ -113,6 +118,34 @@ def _below_4g(machine: str | None, total: int, wish: Wish) -> int:
         f"where a machine of type {shown(machine)} has its memory is not known, as it is of pc and "
         f"q35: add --below-4g SIZE, how much of it lies below 4 GiB"
     )
+
+
+def _above_4g(machine: str | None, size: int, wish: Wish) -> tuple[int, bool]:
+    """(where so much memory above the hole begins, whether that is sure)."""
+    if wish.above_4g is not None:
+        if not size:
+            raise UsageError("--above-4g: all of the memory lies below 4 GiB")
+        if wish.above_4g < ABOVE_4G or wish.above_4g % PAGE:
+            raise UsageError(
+                f"--above-4g: give the address of a page, {ABOVE_4G:#x} or {ABOVE_1T:#x} in QEMU"
+            )
+        return wish.above_4g, True
+    if not size or _is_never_moved(machine):
+        return ABOVE_4G, True
+    if ABOVE_4G + size > _MOVED_FROM:
+        raise UsageError(
+            f"the state does not say where the {binary(size)} above 4 GiB were: add --above-4g "
+            f"{ABOVE_1T:#x} if its processor was AMD's, else --above-4g {ABOVE_4G:#x}"
+        )
+    return ABOVE_4G, False
+
+
+def _is_never_moved(machine: str | None) -> bool:
+    """By its type.  Distributions' own ones have versions of another kind."""
+    if machine is None:
+        return True  # older than 2.4
+    found = _VERSION.fullmatch(machine)
+    return found is not None and (int(found[1]), int(found[2])) < _FIRST_TO_MOVE
 
 
 def _main(blocks: Sequence[Block]) -> Sequence[str]:
@@ -133,7 +166,7 @@ def _is_device(block: Block) -> bool:
     return _DEVICE.fullmatch(block.name) is not None
 
 
-def _split(main: Sequence[int], blocks: Sequence[Block], low: int) -> list[Placed]:
+def _split(main: Sequence[int], blocks: Sequence[Block], low: int, start: int) -> list[Placed]:
     found = []
     at = 0  # in the main memory
     for n in main:
@@ -142,18 +175,14 @@ def _split(main: Sequence[int], blocks: Sequence[Block], low: int) -> list[Place
         if below:
             found.append(Placed(at, below, n, 0))
         if below < size:
-            found.append(Placed(_4G + at + below - low, size - below, n, below))
+            found.append(Placed(start + at + below - low, size - below, n, below))
         at += size
-    if _4G + at - low > _MOVED_FROM and at > low:
-        raise ImageError(
-            "a machine with so much memory may have it above 1 TiB, which its state does not tell"
-        )
     return found
 
 
 def _checked(found: list[Placed], blocks: Sequence[Block]) -> list[Placed]:
-    if sum(place.length for place in found) > _MOST_RAM:
-        raise UsageError(f"more memory than {binary(_MOST_RAM)} is not written to a file")
+    if sum(place.length for place in found) > MOST_RAM:
+        raise UsageError(f"more memory than {binary(MOST_RAM)} is not written to a file")
     end = 0
     for place in found:
         name = shown(blocks[place.block].name)

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Final, NamedTuple
 
 from ..errors import ImageError, UsageError, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot
 from ..image.disk import Disk
-from ..image.extents import Extent
 from ..image.image import Image
+from ..memory.acpi import AcpiTables
 from ..memory.blocks import PAGE, Block, Run
 from ..memory.cmos import find_end, read_cmos
 from ..memory.elf import elf_header
-from ..memory.places import Layout, Placed, Wish, layout
+from ..memory.places import ABOVE_1T, ABOVE_4G, Layout, Placed, Wish, layout
 from ..memory.savedram import SavedRam
+from ..memory.sent import Sent
 from ..memory.stream import Stream
 from ..storage.libnbd import is_uri
 from ..util.interrupts import raise_if_interrupted
@@ -33,18 +34,15 @@ from ..util.progress import progress
 from ..util.units import binary
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
-from .mover import THREADS, THREADS_REMOTE, count, ordered
+from .mover import THREADS, THREADS_REMOTE, between, count, ordered
 from .outputs import output, permissions
+from .rawfile import give_size, opened
 from .room import check_space
 from .targets import RawTarget
 
 MEMORY_TARGETS: Final = Kind.FILE
 FORMS: Final = ("raw", "elf")
 _ELF: Final = ".elf"
-
-# What was last sent of a page; 0 is nothing.
-_ZEROS: Final = 1
-_DATA: Final = 2
 
 
 def form_of_memory(target: str) -> str:
@@ -89,7 +87,7 @@ def save_memory(
     state = _all_that_may_be(image, snapshot)
 
     def pieces(start: int, end: int) -> Generator[memoryview, None, None]:
-        return ordered(state, lambda: _extents(state, start, end), threads)
+        return ordered(state, lambda: between(state, start, end), threads)
 
     with closing(Stream(state.name, snapshot.vm_state_size, state.size, pieces)) as stream:
         saved = SavedRam(stream)
@@ -102,11 +100,14 @@ def save_memory(
             _ask_machine(state, size, memory, warn)
         warn_of_encryption(image, warn)
         with output(name, most=permissions(image.files), replace=place.replace) as part:
-            needed = count(lambda: _extents(state, 0, stream.size)).data
+            needed = count(lambda: between(state, 0, stream.size)).data
             check_space(os.path.dirname(part), needed, f"writing {shown(name)}")
-            with _opened(part) as fd:
-                os.ftruncate(fd, shape.size)
-                written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd))
+            with opened(part) as fd:
+                give_size(name, fd, shape.size)
+                tables = AcpiTables(saved.blocks)
+                written = _write(saved, memory.placed, shape, stream, RawTarget(name, fd), tables)
+            if not memory.is_sure:
+                _ask_tables(tables, memory, warn)
     return Memory(saved.machine, saved.blocks, memory.placed, written)
 
 
@@ -119,14 +120,6 @@ def _all_that_may_be(image: Image, snapshot: Snapshot) -> Disk:
         return state
     more = snapshot._replace(vm_state_size=reach)
     return image.disk(more, vm_state=True, guard=image.guard([snapshot]))
-
-
-def _extents(disk: Disk, at: int, end: int) -> Iterator[Extent]:
-    """A range; :meth:`.Disk.extents` stops after a bounded amount of work."""
-    while at < end:
-        for extent in disk.extents(at, end - at):
-            yield extent
-            at = extent.offset + extent.length
 
 
 def _shape(form: str, placed: Sequence[Placed]) -> _Shape:
@@ -154,24 +147,43 @@ def _ask_machine(state: Disk, size: int | None, memory: Layout, warn: Warn) -> N
         )
 
 
+def _ask_tables(tables: AcpiTables, memory: Layout, warn: Warn) -> None:
+    """Raises UsageError when the memory above 4 GiB was not there, as has been assumed."""
+    said = tables.above_4g(memory.above_4g)
+    if said is None:
+        warn(
+            f"the state does not say whether the {binary(memory.above_4g)} above 4 GiB were at "
+            f"{ABOVE_4G:#x}, as in most machines: if the processor was AMD's, and maxmem or the "
+            f"PCI hole reached 1010 GiB, add --above-4g {ABOVE_1T:#x}"
+        )
+    elif said != ABOVE_4G:
+        raise UsageError(
+            f"the machine had the memory above 4 GiB at {said:#x}, as its ACPI tables say: add "
+            f"--above-4g {said:#x}"
+        )
+
+
 def _write(
-    saved: SavedRam, placed: Sequence[Placed], shape: _Shape, stream: Stream, target: RawTarget
+    saved: SavedRam,
+    placed: Sequence[Placed],
+    shape: _Shape,
+    stream: Stream,
+    target: RawTarget,
+    tables: AcpiTables,
 ) -> int:
     """Write the file; returns the bytes in pages that are not zero."""
     target.write(memoryview(shape.header), 0)
-    sent = {place.block: bytearray(saved.blocks[place.block].size // PAGE) for place in placed}
+    sent = {place.block: Sent(saved.blocks[place.block]) for place in placed}
     with progress("copying", stream.size) as bar:
         before = 0
         for run in saved.runs():
             raise_if_interrupted()
             bar(stream.offset - before)
             before = stream.offset
+            tables.note(run)
             if run.block not in sent:
                 continue
-            pages = slice(run.offset // PAGE, (run.offset + run.length) // PAGE)
-            again = _DATA in sent[run.block][pages]
-            kind = _ZEROS if run.data is None else _DATA
-            sent[run.block][pages] = bytes((kind,)) * (run.length // PAGE)
+            again = sent[run.block].note(run)
             for part, at in _parts(run, placed, shape.offsets):
                 if part.data is not None:
                     target.write(memoryview(part.data), at)
@@ -181,7 +193,7 @@ def _write(
         _check_all_there(sent, saved.blocks, stream)
         bar.now("waiting for the disk")
         target.flush()
-    return PAGE * sum(pages.count(_DATA) for pages in sent.values())
+    return sum(each.data for each in sent.values())
 
 
 def _parts(run: Run, placed: Sequence[Placed], offsets: Sequence[int]) -> Iterator[tuple[Run, int]]:
@@ -194,21 +206,11 @@ def _parts(run: Run, placed: Sequence[Placed], offsets: Sequence[int]) -> Iterat
             yield Run(run.block, first, end - first, data), at + first - place.offset
 
 
-def _check_all_there(
-    sent: Mapping[int, bytearray], blocks: Sequence[Block], stream: Stream
-) -> None:
-    for n, pages in sent.items():
-        if missing := pages.count(0):
+def _check_all_there(sent: Mapping[int, Sent], blocks: Sequence[Block], stream: Stream) -> None:
+    for n, each in sent.items():
+        if (missing := each.missing()) is not None:
+            count, first = missing
             raise ImageError(
-                f"{stream.name} lacks {missing} of the {len(pages)} pages of RAM block "
-                f"{shown(blocks[n].name)}, the first at {pages.index(0) * PAGE:#x}"
+                f"{stream.name} lacks {count} of the {blocks[n].size // PAGE} pages of RAM block "
+                f"{shown(blocks[n].name)}, the first at {first:#x}"
             )
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -97,10 +97,15 @@ def count(plan: Plan) -> Amount:
 
 
 def whole(disk: Disk) -> Iterator[Extent]:
-    """All of a disk; :meth:`.Disk.extents` stops after a bounded amount of work."""
-    at = 0
-    while at < disk.size:
-        for extent in disk.extents(at, disk.size - at):
+    """All of a disk."""
+    return between(disk, 0, disk.size)
+
+
+def between(disk: Disk, start: int, end: int) -> Iterator[Extent]:
+    """A part of a disk; :meth:`.Disk.extents` stops after a bounded amount of work."""
+    at = start
+    while at < end:
+        for extent in disk.extents(at, end - at):
             yield extent
             at = extent.offset + extent.length
 

@@ -21,6 +21,7 @@ from ..errors import UsageError, reason, shown
 from ..image.layers import RawLayer
 from ..storage.local import open_storage
 from ..util.progress import progress
+from ..util.units import binary
 from .devices import partly_written
 from .job import Job
 from .judge import Place
@@ -46,7 +47,7 @@ class NewFile:
         with output(path, most=job.permissions, replace=self.place.replace) as part:
             check_space(os.path.dirname(part), job.amount.data, f"copying to {shown(path)}")
             with opened(part) as fd:
-                os.ftruncate(fd, job.new.size)
+                give_size(path, fd, job.new.size)
                 job.move(RawTarget(path, fd, empty=True))
                 kept = record is not None and keep(fd, record)
         keep_beside(path, None if kept else record)
@@ -135,6 +136,14 @@ def _clone(path: str, fd: int, more: int) -> None:
             transfer(source, source.plan, RawTarget(path, fd, empty=True), bar)
     finally:
         old.close()
+
+
+def give_size(path: str, fd: int, size: int) -> None:
+    """Make the file that long, in bytes.  Raises UsageError."""
+    try:
+        os.ftruncate(fd, size)
+    except OSError as e:
+        raise UsageError(f"cannot make {shown(path)} {binary(size)} long: {reason(e)}") from e
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from support import command, damage, qemu
 from support import savedstate as made
 from support.qemu import MiB
 from support.savedstate import PAGE, put_state
+from support.server import ROOT
 from support.vm import Vm, machine
 
 GiB = 1 << 30
@@ -34,6 +37,12 @@ class Saved:
     image: Path
     vm: Vm
     ram: Path  # its memory
+
+
+AMD = ("-cpu", "EPYC,phys-bits=46")
+SPLIT = f"q35,max-ram-below-4g={LOW}"
+PLENTY = ("-m", "slots=2,maxmem=1100G")
+HOLE = ("-global", "q35-pcihost.pci-hole64-size=1024G")
 
 
 @contextmanager
@@ -108,6 +117,34 @@ def test_it_is_what_the_machine_had(tmp_path: Path, kind: str) -> None:
     dumped = segments(dump)
     for at, stop in seen:
         assert content(dumped, at, stop) == content(segments(elf), at, stop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "at"),
+    [
+        (AMD, 4 * GiB),
+        (("-m", "slots=2,maxmem=500G", *AMD), 4 * GiB),
+        ((*PLENTY, "-cpu", "Haswell,phys-bits=46"), 4 * GiB),
+        ((*PLENTY, *AMD), 1 << 40),
+        ((*HOLE, *AMD), 1 << 40),
+    ],
+    ids=["small", "maxmem", "maxmem, Intel", "maxmem, moved", "hole, moved"],
+)
+def test_memory_that_qemu_moves_to_1_tib(
+    tmp_path: Path, arguments: tuple[str, ...], at: int
+) -> None:
+    out = tmp_path / "out.elf"
+    with saved(tmp_path, SPLIT, *arguments) as it:
+        ram = it.ram.read_bytes()
+        assert it.vm.memory(tmp_path, at, SIZE - LOW) == ram[LOW:]
+    line = ("memory", it.image, "live", out, "--below-4g", "32M")
+    if at != 4 * GiB:
+        said = command.fails(*line)
+        assert said.endswith("as its ACPI tables say: add --above-4g 0x10000000000")
+        assert not out.exists()
+        line += ("--above-4g", "0x10000000000")
+    command.qcow2snap(*line)
+    assert segments(out) == [(0, ram[:LOW]), (at, ram[LOW:])]
 
 
 def content(found: list[tuple[int, bytes]], at: int, end: int) -> bytes:
@@ -257,6 +294,17 @@ def test_without_a_description_it_is_said_what_is_assumed(image: Path) -> None:
     assert "does not say how much of the memory lay below 4 GiB: 16 KiB is" in line
 
 
+def test_without_tables_it_is_said_where_the_rest_is(image: Path) -> None:
+    put_state(image, "live", made.state(RAM, [WHOLE]))
+    line = ["memory", image, "live", image.with_name("out.elf"), "--below-4g", "8K", "--force"]
+    [said] = command.run(*line).stderr.splitlines()
+    assert "does not say whether the 8 KiB above 4 GiB were at 0x100000000" in said
+    assert said.endswith("add --above-4g 0x10000000000")
+    for at in (1 << 32, 1 << 40, 5 << 32):
+        assert command.run(*line, "--above-4g", f"{at:#x}").stderr == ""
+        assert segments(image.with_name("out.elf"))[1] == (at, b"".join(CONTENT[2:]))
+
+
 OTHER = made.page(0, CONTENT[0], block="one") + made.page(0, CONTENT[1], block="two")
 PLUGGED = WHOLE + made.page(0, CONTENT[0], block="dimm0")
 
@@ -326,6 +374,11 @@ DIMM = made.state([*RAM, ("dimm0", PAGE)], [PLUGGED])
         (DIMM, ["--place", "dimm0=far"], "give BLOCK=ADDRESS or BLOCK=none"),
         (DIMM, ["--place", "pc.ram=0"], "'pc.ram' is given two places"),
         (ONE, ["--below-4g", "1"], "--below-4g: give a size of whole pages"),
+        (ONE, ["--above-4g", "0x10000000000"], "--above-4g: all of the memory lies below 4 GiB"),
+        (ONE, ["--below-4g", "8K", "--above-4g", "0x10000"], "0x100000000 or 0x10000000000 in"),
+        (ONE, ["--below-4g", "8K", "--above-4g", "0x100000001"], "give the address of a page"),
+        (ONE, ["--above-4g", "-1"], "--above-4g -1: give an address"),
+        (ONE, ["--above-4g", "far"], "--above-4g far: give an address, like 0x100000000"),
         (ONE, ["--below-4g", "8G"], "--below-4g: give a size of whole pages"),
         (made.state([("ram", PAGE)], [b""]), [], "add --ram NAME"),
         (made.state([("ram-node1", PAGE)], [b""]), [], "add --ram NAME"),
@@ -354,6 +407,17 @@ def test_targets_and_snapshots(image: Path) -> None:
     assert "is the image that is read" in command.fails("memory", image, "live", image, "--force")
     assert command.run("memory", image, "live", out, "--force").returncode == 0
     assert out.read_bytes() == b"".join(CONTENT)
+
+
+def test_a_file_that_cannot_be_so_long(image: Path) -> None:
+    put_state(image, "live", DIMM)
+    out = image.with_name("out")
+    line = ["prlimit", f"--fsize={GiB}", sys.executable, "-m", "qcow2snap_core", "memory"]
+    words = [image, "live", out, "--place", f"dimm0={GiB}"]
+    done = subprocess.run([*line, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"cannot make '{out}' 1 GiB long: file too large")
+    assert sorted(path.name for path in image.parent.iterdir()) == ["disk.qcow2"]
 
 
 def test_a_damaged_table_is_an_error(image: Path) -> None:

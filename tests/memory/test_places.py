@@ -10,19 +10,31 @@ from support import qemu
 from support.qemu import MiB
 from support.vm import machine
 
-from qcow2snap_core.errors import ImageError, UsageError
+from qcow2snap_core.errors import UsageError
 from qcow2snap_core.memory.blocks import Block
-from qcow2snap_core.memory.places import Wish, layout
+from qcow2snap_core.memory.places import ABOVE_1T, Wish, layout
 
 GiB = 1 << 30
 
 
-@pytest.mark.parametrize("size", [16 * MiB, 3 * GiB - MiB, 5 * GiB])
-@pytest.mark.parametrize("kind", ["pc", "q35"])
-def test_memory_lies_where_qemu_has_it(tmp_path: Path, kind: str, size: int) -> None:
+# The processor and the room for more memory with which QEMU moves it to 1 TiB.
+MOVED = ("-cpu", "EPYC,phys-bits=46", "-m", "slots=2,maxmem=1100G")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "more"),
+    [
+        *[(kind, 16 * MiB, ()) for kind in ("pc", "q35")],
+        *[(kind, 3 * GiB - MiB, ()) for kind in ("pc", "q35")],
+        *[(kind, 5 * GiB, more) for kind in ("pc", "q35") for more in ((), MOVED)],
+    ],
+)
+def test_memory_lies_where_qemu_has_it(
+    tmp_path: Path, kind: str, size: int, more: tuple[str, ...]
+) -> None:
     """It takes no memory: nothing is written to it."""
     image = qemu.create(tmp_path / "disk.qcow2", MiB)
-    with machine(image, kind=kind, memory=size) as vm:
+    with machine(image, *more, kind=kind, memory=size) as vm:
         said = vm.hmp("info mtree")
         name = vm.qmp("qom-get", path="/machine", property="type").removesuffix("-machine")
     ranges = re.findall(r"ram-(?:below|above)-4g @pc.ram ([0-9a-f]+)-([0-9a-f]+)", said)
@@ -33,8 +45,10 @@ def test_memory_lies_where_qemu_has_it(tmp_path: Path, kind: str, size: int) -> 
             for at, (first, end) in zip(where, ranges, strict=True)
         }
     )
-    found = layout(name, [Block("pc.ram", size)], Wish())
+    wish = Wish(above_4g=ABOVE_1T) if more else Wish()
+    found = layout(name, [Block("pc.ram", size)], wish)
     assert found.placed == expected
+    assert found.is_sure == (bool(more) or len(expected) == 1)
     assert found.below_4g + found.above_4g == size
 
 
@@ -74,18 +88,42 @@ def test_what_belongs_to_devices_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine_type", "size", "names", "error"),
+    ("machine_type", "size", "names"),
     [
-        (None, 0xB000_0000, ["pc.ram"], UsageError),
-        ("microvm", MiB, ["pc.ram"], UsageError),
-        ("pc-q35-9.0", MiB, ["pc.ram", "/objects/mem1"], UsageError),
-        ("pc-q35-9.0", MiB, ["pc.ram", "mem1"], UsageError),
-        ("pc-q35-9.0", MiB, ["ram-node0", "ram-node2"], UsageError),
-        ("pc-q35-9.0", 0xFD_0000_0000, ["pc.ram"], ImageError),
+        (None, 0xB000_0000, ["pc.ram"]),
+        ("microvm", MiB, ["pc.ram"]),
+        ("pc-q35-9.0", MiB, ["pc.ram", "/objects/mem1"]),
+        ("pc-q35-9.0", MiB, ["pc.ram", "mem1"]),
+        ("pc-q35-9.0", MiB, ["ram-node0", "ram-node2"]),
+        ("pc-q35-7.1", 0xF6_0000_0000, ["pc.ram"]),
+        ("pc-q35-9.0", 0xFD_0000_0000, ["pc.ram"]),
+        ("pc-q35-rhel9.2.0", 0xFD_0000_0000, ["pc.ram"]),
     ],
 )
-def test_what_cannot_be_told(
-    machine_type: str | None, size: int, names: list[str], error: type[Exception]
-) -> None:
-    with pytest.raises(error):
+def test_what_cannot_be_told(machine_type: str | None, size: int, names: list[str]) -> None:
+    with pytest.raises(UsageError):
         layout(machine_type, [Block(name, size) for name in names], Wish())
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "is_sure"),
+    [
+        (None, True),
+        ("pc-i440fx-2.12", True),
+        ("pc-q35-7.0", True),
+        ("pc-q35-7.1", False),
+        ("pc-i440fx-10.0", False),
+        ("pc-q35-9.2+pve1", False),
+        ("pc-i440fx-rhel7.6.0", False),
+        ("pc-q35-noble", False),
+    ],
+)
+def test_old_machine_types_move_no_memory(machine_type: str | None, is_sure: bool) -> None:
+    found = layout(machine_type, [Block("pc.ram", 5 * GiB)], Wish(below_4g=2 * GiB))
+    assert found.placed[1].address == 4 * GiB
+    assert found.is_sure == is_sure
+
+
+def test_the_largest_machine_of_an_old_type() -> None:
+    found = layout("pc-q35-7.0", [Block("pc.ram", 2 << 40)], Wish())
+    assert found.placed[1] == (4 * GiB, (2 << 40) - 2 * GiB, 0, 2 * GiB)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import zlib
 from collections.abc import Generator
 from contextlib import suppress
 
 import pytest
 from support import savedstate as made
+from support.memory import bounded
+from support.qemu import MiB
 from support.savedstate import COMMAND, COMPRESSED, DATA, END, EOS_WORD, FULL, PAGE, PART, START, be
 
 from qcow2snap_core.errors import ImageError
+from qcow2snap_core.memory import mappedram
 from qcow2snap_core.memory.savedram import SavedRam
 from qcow2snap_core.memory.stream import Stream
+from qcow2snap_core.util.interrupts import Interrupted, deferred
 
 RNG = random.Random(1)
 PAGES = [RNG.randbytes(PAGE) for _ in range(8)]
@@ -129,6 +135,39 @@ def test_a_large_gap_in_mapped_ram_is_not_read() -> None:
     assert len(read) < 20
 
 
+@pytest.mark.parametrize("at_once", [32, 64, 160, 1 << 20])
+def test_mapped_ram_whose_bitmap_is_read_in_pieces(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mappedram, "_BITMAP_AT_ONCE", at_once)
+    pages = {n: RNG.randbytes(PAGE) for n in (0, 255, 256, 511, 512, 513, 1299)}
+    state = made.mapped([("pc.ram", pages, 1300 * PAGE), ("b", {0: PAGES[0]}, PAGE)])
+    _, found = ram(state)
+    assert found["pc.ram"] == b"".join(pages.get(n, bytes(PAGE)) for n in range(1300))
+    assert found["b"] == PAGES[0]
+
+
+def test_a_large_block_takes_little_memory() -> None:
+    """Of 2 TiB, whose bitmap has 64 MiB: one of a device, say, which is written nowhere."""
+    size = 2 << 40
+    said = made.head("pc-q35-11.0", made.MAPPED_RAM)
+    said += be(1, START) + be(4, made.RAM_ID) + made.counted("ram") + be(4, 0) + be(4, 4)
+    said += be(8, size | made.MEM_SIZE) + made.counted("/dev/x") + be(8, size)
+    pages = 1 << 30
+    said += made.mapped_header(4096, pages)
+    rest = EOS_WORD + b"\x7e" + be(4, made.RAM_ID) + made.section(END, EOS_WORD)
+    end = pages + size
+
+    def pieces(start: int, stop: int) -> Generator[bytes, None, None]:
+        for at in range(start, stop, 1 << 16):
+            known = said if at < len(said) else rest if at >= end else b""
+            yield known[at % end :].ljust(min(1 << 16, stop - at), b"\0")
+
+    with bounded(8 << 20):
+        saved = SavedRam(Stream("the state", 4096, end + len(rest), pieces))
+        assert next(saved.runs()) == (0, 0, MiB, None)
+
+
 def mapped_but(old: bytes, new: bytes) -> bytes:
     assert old in MAPPED
     return MAPPED.replace(old, new, 1)
@@ -179,6 +218,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "mapped, a huge block": (
         mapped_but(be(8, 301 * PAGE) + HEADER, be(8, 1 << 61) + HEADER),
         "RAM block 'pc.ram' of 2305843009213693952 bytes",
+    ),
+    "mapped, more than is read": (
+        mapped_but(be(8, 302 * PAGE | made.MEM_SIZE), be(8, 1 << 44 | made.MEM_SIZE)),
+        "16 TiB of RAM: no more than 8 TiB is read",
     ),
     "mapped, a page in a section": (
         made.mapped([("b", {}, PAGE)], made.page(0, PAGES[0], block="b")),
@@ -241,6 +284,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         started(made.block_list([("pc.ram", PAGE), ("pc.ram", PAGE)])) + bytes(99),
         "'pc.ram' comes twice",
     ),
+    "thousands of blocks": (
+        started(made.block_list([(str(n), PAGE) for n in range(4097)])) + bytes(9 * 4097),
+        "more than 4096 RAM blocks",
+    ),
     "a block of no pages": (
         started(made.block_list([("a", 0), ("b", PAGE)])) + bytes(99),
         "RAM block 'a' of 0 bytes",
@@ -293,6 +340,21 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "a compressed page that is none",
     ),
 }
+
+
+def test_a_signal_ends_what_has_hardly_an_end() -> None:
+    empty = made.section(PART, EOS_WORD)
+
+    def pieces(_start: int, _end: int) -> Generator[bytes, None, None]:
+        yield started(LIST + EOS_WORD)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(20):  # then it ends early, and nobody listened
+            yield empty * 1000
+
+    with deferred(), pytest.raises((Interrupted, ImageError)) as e:
+        list(SavedRam(Stream("the state", 1 << 50, 1 << 50, pieces)).runs())
+    with deferred():  # forget it
+        assert e.type is Interrupted
 
 
 @pytest.mark.parametrize("case", REFUSED)

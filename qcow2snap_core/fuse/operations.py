@@ -37,6 +37,8 @@ _MOMENT: Final = 0.2
 _WATCH: Final = 1.0
 _BLOCK: Final = 512
 _SECOND: Final = 10**9
+#: Seconds: the kernel has 63 bits for them, and pyfuse3's floating point may round up
+_LATEST: Final = 1 << 62
 #: Of each message one is enough: the kernel asks again, and so do programs
 _MOST_SAID: Final = 1000
 
@@ -95,7 +97,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         self._files: dict[int, tuple[Entry, Readable]] = {}
         self._directories: dict[int, list[tuple[bytes, Entry, Attributes]]] = {}
         #: a defect of ours, which ends the mount
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     # --- Names and attributes ---
 
@@ -178,7 +180,17 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
                 # In a thread: it waits until requests that are being answered have been.
                 await loop.run_in_executor(self._pool, _drop, number)
 
+    def unwatched(self, watching: asyncio.Task[None]) -> None:
+        """Without :meth:`watch`, the kernel would show for an hour what is deleted: so when that
+        ends by a defect, the mount ends too."""
+        if not watching.cancelled() and (defect := watching.exception()) is not None:
+            self._fail(defect)
+
     # --- Inside ---
+
+    def _fail(self, defect: BaseException) -> None:
+        self.failure = self.failure or defect
+        end()
 
     async def _ask(self, entry: Entry, question: Callable[[Entry], _T]) -> _T:
         """Raises FUSEError: what became of it is told in a line of its own."""
@@ -196,8 +208,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(errno.EIO) from None
         except Exception as e:
             # pyfuse3's loop would drop it, and whoever asked would wait for ever.
-            self.failure = self.failure or e
-            end()
+            self._fail(e)
             raise pyfuse3.FUSEError(errno.EIO) from e
         finally:
             self._close_some()
@@ -245,8 +256,10 @@ def _reply(number: int, entry: Entry, attributes: Attributes) -> Any:
 
 
 def _time(nanoseconds: int) -> int:
-    """As pyfuse3 takes it right: it divides as floating point, and cuts off towards 1970."""
+    """As pyfuse3 takes it right: it divides as floating point, and cuts off towards 1970.  What
+    it does not take at all, whoever has asked would wait for: no host has such a time."""
     seconds, rest = divmod(nanoseconds, _SECOND)
+    seconds = max(-_LATEST, min(seconds, _LATEST))
     return seconds * _SECOND + (min(rest, _SECOND - 1000) if seconds >= 0 else 0)
 
 

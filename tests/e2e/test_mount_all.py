@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from support.filesystems import digests, make_filesystem, make_tree, needs
 from support.live import running
 from support.qemu import KiB, MiB
 from support.running import eventually, processes_with, started, until
+from support.server import ROOT
 from support.vm import machine
 
 pytestmark = pytest.mark.skipif(
@@ -397,6 +399,28 @@ def test_a_slow_filesystem_keeps_no_disk_waiting(guests: Path, where: Path) -> N
 
 
 # --- The end ---
+
+DEFECT = """
+import sys
+from qcow2snap_core import cli
+from qcow2snap_core.fuse.tree import Root
+
+def gone(root):
+    raise LookupError("a defect")
+
+Root.gone = gone
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_nothing_stays_mounted_that_would_not_hear_of_deleted_snapshots(
+    image: Path, where: Path
+) -> None:
+    line = [sys.executable, "-c", DEFECT, "mount", image, where]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "LookupError: a defect"
+    assert not os.path.ismount(where)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

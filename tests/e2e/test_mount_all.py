@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -244,6 +244,30 @@ def test_the_files_of_a_guest(guests: Path, where: Path) -> None:
         one, two = ((top / "p1" / name).stat() for name in ("text", "etc/again"))
         assert (one.st_ino, one.st_nlink) == (two.st_ino, 2)
         assert said(process) == []
+
+
+def test_an_open_directory_of_a_deleted_snapshot_is_not_listed(
+    guests: Path, tmp_path: Path, where: Path
+) -> None:
+    path = Path(shutil.copy(guests, tmp_path / "disk.qcow2"))
+    with shown(path, where):
+        etc = os.open(where / "one" / "p1" / "etc", os.O_RDONLY)
+        qemu.delete(path, "one")
+        with raises(errno.EIO):
+            os.listdir(etc)
+        os.close(etc)
+
+
+def test_a_directory_is_listed_from_any_place(guests: Path, where: Path) -> None:
+    """Whole, by several at once, each of which goes on where it was."""
+    tree = guests.parent / "tree"
+    with shown(guests, where), ExitStack() as several:
+        etc = where / "one" / "p1" / "etc"
+        listings = [several.enter_context(os.scandir(etc)) for _ in range(3)]
+        found = [[(e.name, e.inode()) for e in both] for both in zip(*listings, strict=True)]
+        assert all(len(set(each)) == 1 for each in found)
+        assert sorted(each[0][0] for each in found) == sorted(os.listdir(tree / "etc"))
+        assert all((etc / name).lstat().st_ino == inode for (name, inode), *_ in found)
 
 
 def test_links_lead_where_the_guest_would_arrive(guests: Path, where: Path) -> None:

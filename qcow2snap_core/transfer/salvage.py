@@ -24,6 +24,9 @@ from ..storage.local import Buffer
 from ..tables.lost import LOST, Range, ensure_there, ranges
 from ..util.interrupts import raise_if_interrupted
 
+#: Ranges that are noted, in half a GiB of memory.  Of an image of a few MiB that is made for it,
+#: every second cluster of many TiB can be lost.
+_MOST: Final = 1_000_000
 _PATIENCE: Final = 10.0  # seconds for what is read at once, 2 MiB at the most
 
 
@@ -40,20 +43,24 @@ class Salvage:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
-        self._noted: list[Loss] = []
+        self._planned: list[Loss] = []  # by the tables, in the last pass through them
+        self._noted: list[Loss] = []  # by reads
         self._lock = Lock()
 
     def plan(self) -> Iterator[Extent]:
-        """All of the disk; what its tables have lost counts as zeros.  Raises as
-        :func:`.ranges`."""
+        """All of the disk; what its tables have lost counts as zeros.
+
+        Raises as :func:`.ranges`, and ImageError where too many ranges are lost.
+        """
+        self._planned = []  # they are gone through to count, and again to copy
         for found in ranges(self._disk, 0, self._disk.size):
             if found.type == LOST:
-                self._lose(found)
+                self._note(self._planned, [_loss(found)])
             kind = ALLOCATED if found.type == ALLOCATED else HOLE_ZERO
             yield Extent(found.offset, found.length, kind)
 
     def pread_into(self, buffer: Buffer, offset: int) -> None:
-        """Raises as :func:`.ranges`."""
+        """Raises as :meth:`plan`."""
         view = memoryview(buffer).cast("B")
         try:
             self._disk.pread_into(view, offset)
@@ -64,15 +71,7 @@ class Salvage:
 
     def losses(self) -> list[Loss]:
         """All that was lost so far, in order; neighbours are one, with the reason of the first."""
-        found: list[Loss] = []
-        for loss in sorted(self._noted):
-            last = found[-1] if found else None
-            if last is None or loss.offset > last.offset + last.length:
-                found.append(loss)
-            else:
-                end = max(last.offset + last.length, loss.offset + loss.length)
-                found[-1] = last._replace(length=end - last.offset)
-        return found
+        return _merged(self._planned + self._noted)
 
     # --- Inside ---
 
@@ -80,9 +79,10 @@ class Salvage:
         patience = time.monotonic() + _PATIENCE
         view[:] = bytes(len(view))
         parts: list[Range] = []
+        lost: list[Loss] = []
         for found in ranges(self._disk, start, len(view)):
             if found.type == LOST:
-                self._lose(found)
+                lost.append(_loss(found))
             elif found.type == ALLOCATED:
                 parts.append(found)
         while parts:
@@ -95,11 +95,12 @@ class Salvage:
                 if why is None:
                     continue
                 if part.whole or part.length <= q.SECTOR or time.monotonic() > patience:
-                    self._lose(part._replace(why=why))
+                    lost.append(Loss(part.offset, part.length, why))
                 else:
                     smaller += _halves(part)
             parts = smaller
         self._disk.confirm()
+        self._note(self._noted, _merged(lost))
 
     def _try(self, view: memoryview, offset: int) -> str | None:
         """Read what is all in one kind of cluster; why it cannot be read, as zeros then."""
@@ -110,14 +111,37 @@ class Salvage:
             return str(e)
         return None
 
-    def _lose(self, part: Range) -> None:
+    def _note(self, noted: list[Loss], losses: list[Loss]) -> None:
         with self._lock:
-            last = self._noted[-1] if self._noted else None
-            if last is not None and last.offset + last.length == part.offset:
-                # A bad table is lost cluster by cluster, of which there may be millions.
-                self._noted[-1] = last._replace(length=last.length + part.length)
-            else:
-                self._noted.append(Loss(part.offset, part.length, part.why))
+            for loss in losses:
+                last = noted[-1] if noted else None
+                if last is not None and last.offset + last.length == loss.offset:
+                    # A bad table is lost cluster by cluster, of which there may be millions.
+                    noted[-1] = last._replace(length=last.length + loss.length)
+                else:
+                    noted.append(loss)
+            if len(self._planned) + len(self._noted) > _MOST:
+                raise ImageError(
+                    f"{self._disk.name}: more than {_MOST} ranges cannot be read, too many to be "
+                    f"mapped: qcow2snap check says what is damaged"
+                )
+
+
+def _loss(part: Range) -> Loss:
+    return Loss(part.offset, part.length, part.why)
+
+
+def _merged(losses: list[Loss]) -> list[Loss]:
+    """In order; neighbours are one, with the reason of the first."""
+    found: list[Loss] = []
+    for loss in sorted(losses):
+        last = found[-1] if found else None
+        if last is None or loss.offset > last.offset + last.length:
+            found.append(loss)
+        else:
+            end = max(last.offset + last.length, loss.offset + loss.length)
+            found[-1] = last._replace(length=end - last.offset)
+    return found
 
 
 def _halves(part: Range) -> tuple[Range, Range]:

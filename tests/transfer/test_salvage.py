@@ -7,18 +7,19 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import catalogue, damage, qemu, secret
+from support import catalogue, command, damage, qemu, secret
 from support.badsectors import SECTOR, bad_sectors
 from support.catalogue import CASES, Case
 from support.mutants import KINDS, mutants, qemus
 from support.qemu import KiB, MiB
 from support.vm import machine
 
-from qcow2snap_core.errors import Error, SnapshotGone, StorageError
+from qcow2snap_core.errors import Error, ImageError, SnapshotGone, StorageError
 from qcow2snap_core.image.disk import Disk
 from qcow2snap_core.image.opener import Options, open_image
 from qcow2snap_core.transfer import salvage as module
@@ -356,6 +357,71 @@ def test_of_a_terabyte_behind_damaged_entries_not_every_cluster_is_asked_for(
         assert {e.type for e in salvage.plan()} == {3}
         assert [(x.offset, x.length) for x in salvage.losses()] == [(0, TiB)]
     assert time.thread_time() - began < 2
+
+
+def every_second_is_bad(path: Path, tables: int) -> int:
+    """The entries of one L2 table, to which so many of the snapshot's L1 table lead; the number of
+    ranges that are lost."""
+    qemu.create(path, tables * 512 * MiB)
+    qemu.io(path, "write -P 5 0 64k")
+    qemu.take(path, "one")
+    l1, l2 = qemu.snapshots(path)["one"].l1_table_offset, damage.l2_table(path, "one", 0)
+    qemu.patch(path, l1, qemu.peek(path, l1, 8) * tables)
+    pair = qemu.peek(path, l2, 8) + damage.END_OF_FILE.to_bytes(8, "big")
+    qemu.patch(path, l2, pair * 4096)
+    return tables * 4096
+
+
+def test_there_is_an_end_to_the_ranges_that_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = every_second_is_bad(tmp_path / "disk.qcow2", 2)
+    with opened(tmp_path / "disk.qcow2", "one") as disk:
+        salvage = Salvage(disk)
+        monkeypatch.setattr(module, "_MOST", lost)
+        for _ in range(3):  # it is counted, and copied
+            assert sum(e.length for e in salvage.plan() if e.type == 0) == 512 * MiB
+            assert len(salvage.losses()) == lost
+        monkeypatch.setattr(module, "_MOST", lost - 1)
+        with pytest.raises(ImageError, match=f"more than {lost - 1} ranges cannot be read"):
+            list(salvage.plan())
+    before = sorted(os.listdir(tmp_path))
+    copying = ("copy", "--salvage", tmp_path / "map", tmp_path / "disk.qcow2", "one")
+    assert "ranges cannot be read" in command.fails_here(*copying, tmp_path / "out.raw")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_ranges_that_only_a_read_tells_of_are_counted_too(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = sorted(places(plain, "one").values())
+    with (
+        bad_sectors(plain, [(host, SECTOR) for host in hosts[::50]]) as server,
+        opened(server.uri, "one") as disk,
+    ):
+        monkeypatch.setattr(module, "_MOST", len(hosts[::50]))
+        _, lost = salvaged(disk)
+        assert len(lost) == len(hosts[::50])
+        monkeypatch.setattr(module, "_MOST", len(lost) - 1)
+        with pytest.raises(ImageError, match="ranges cannot be read"):
+            salvaged(disk)
+
+
+def test_a_bad_area_is_few_ranges_however_many_threads_read_it(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = places(plain, "one")
+    bad = [(hosts[guest], CLUSTER) for guest in hosts if MiB <= guest < 3 * MiB]
+    monkeypatch.setattr(module, "_MOST", 4)
+    with bad_sectors(plain, bad) as server, opened(server.uri, "one") as disk:
+        salvage = Salvage(disk)
+        with ThreadPoolExecutor(4) as pool:
+            reads = [
+                pool.submit(salvage.pread_into, bytearray(MiB // 2), MiB + n * MiB // 2)
+                for n in range(4)
+            ]
+        assert [read.result() for read in reads] == [None] * 4
+    assert [(loss.offset, loss.length) for loss in salvage.losses()] == [(MiB, 2 * MiB)]
 
 
 def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:

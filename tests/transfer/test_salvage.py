@@ -7,21 +7,23 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from support import catalogue, command, damage, qemu, secret
+from support import catalogue, damage, qemu, secret
 from support.badsectors import SECTOR, bad_sectors
 from support.catalogue import CASES, Case
 from support.mutants import KINDS, mutants, qemus
 from support.qemu import KiB, MiB
 from support.vm import machine
 
-from qcow2snap_core.errors import Error, ImageError, SnapshotGone, StorageError
+from qcow2snap_core.errors import Error, SnapshotGone, StorageError, UsageError
 from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.mapping import Budget
 from qcow2snap_core.image.opener import Options, open_image
+from qcow2snap_core.tables.lost import Range, ranges
 from qcow2snap_core.transfer import salvage as module
 from qcow2snap_core.transfer.mover import PIECE, cut
 from qcow2snap_core.transfer.salvage import Salvage
@@ -328,11 +330,12 @@ def test_a_snapshot_may_be_deleted_while_parts_are_read(
     damage.put64(path, damage.l2_entry(path, "one", 0), damage.END_OF_FILE)
     entry = qemu.snapshots(path)["one"].entry_offset
 
-    def deleted(disk: Disk) -> None:
+    def then_deleted(disk: Disk, offset: int, length: int) -> Iterator[Range]:
+        yield from ranges(disk, offset, length)
         qemu.patch(path, entry + damage.SNAPSHOT_FIELDS["date_nsec"], b"\x77")
 
     with opened(path, "one") as disk:
-        monkeypatch.setattr(module, "ensure_there", deleted)  # asked before the parts are
+        monkeypatch.setattr(module, "ranges", then_deleted)  # asked before the parts are read
         with pytest.raises(SnapshotGone):
             Salvage(disk).pread_into(bytearray(128 * KiB), 0)
 
@@ -359,69 +362,42 @@ def test_of_a_terabyte_behind_damaged_entries_not_every_cluster_is_asked_for(
     assert time.thread_time() - began < 2
 
 
-def every_second_is_bad(path: Path, tables: int) -> int:
-    """The entries of one L2 table, to which so many of the snapshot's L1 table lead; the number of
-    ranges that are lost."""
-    qemu.create(path, tables * 512 * MiB)
-    qemu.io(path, "write -P 5 0 64k")
+def test_there_is_an_end_to_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other entry of an L2 table is bad, and all of the L1 table lead to it."""
+    path = qemu.create(tmp_path / "disk.qcow2", SIZE, cluster_size=CLUSTER)
+    qemu.io(path, f"write -P 5 0 {SIZE}")
     qemu.take(path, "one")
-    l1, l2 = qemu.snapshots(path)["one"].l1_table_offset, damage.l2_table(path, "one", 0)
-    qemu.patch(path, l1, qemu.peek(path, l1, 8) * tables)
-    pair = qemu.peek(path, l2, 8) + damage.END_OF_FILE.to_bytes(8, "big")
-    qemu.patch(path, l2, pair * 4096)
-    return tables * 4096
-
-
-def test_there_is_an_end_to_the_ranges_that_are_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost = every_second_is_bad(tmp_path / "disk.qcow2", 2)
-    with opened(tmp_path / "disk.qcow2", "one") as disk:
+    table = damage.l2_table(path, "one", 0)
+    for n in range(0, CLUSTER // 8, 2):
+        damage.put64(path, table + 8 * n, 0x200)
+    damage.put64(path, damage.l1_entry(path, "one", 2 * MiB), table)
+    monkeypatch.setattr(module, "_MOST_REASONS", 100)
+    with opened(path, "one") as disk:
         salvage = Salvage(disk)
-        monkeypatch.setattr(module, "_MOST", lost)
-        for _ in range(3):  # it is counted, and copied
-            assert sum(e.length for e in salvage.plan() if e.type == 0) == 512 * MiB
-            assert len(salvage.losses()) == lost
-        monkeypatch.setattr(module, "_MOST", lost - 1)
-        with pytest.raises(ImageError, match=f"more than {lost - 1} ranges cannot be read"):
+        for _ in range(2):  # as a copy goes through the plan
+            assert sum(e.type == 3 for e in salvage.plan()) == 512
+        losses = salvage.losses()
+        assert [(x.offset, x.length) for x in losses] == [
+            (n * CLUSTER, CLUSTER) for n in range(0, SIZE // CLUSTER, 2)
+        ]
+        assert [bool(x.why) for x in losses] == [True] * 100 + [False] * 412
+        monkeypatch.setattr(module, "_MOST", 511)
+        with pytest.raises(UsageError, match="more than 511 ranges of it cannot be read"):
             list(salvage.plan())
-    before = sorted(os.listdir(tmp_path))
-    copying = ("copy", "--salvage", tmp_path / "map", tmp_path / "disk.qcow2", "one")
-    assert "ranges cannot be read" in command.fails_here(*copying, tmp_path / "out.raw")
-    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_ranges_that_only_a_read_tells_of_are_counted_too(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosts = sorted(places(plain, "one").values())
-    with (
-        bad_sectors(plain, [(host, SECTOR) for host in hosts[::50]]) as server,
-        opened(server.uri, "one") as disk,
-    ):
-        monkeypatch.setattr(module, "_MOST", len(hosts[::50]))
-        _, lost = salvaged(disk)
-        assert len(lost) == len(hosts[::50])
-        monkeypatch.setattr(module, "_MOST", len(lost) - 1)
-        with pytest.raises(ImageError, match="ranges cannot be read"):
-            salvaged(disk)
-
-
-def test_a_bad_area_is_few_ranges_however_many_threads_read_it(
-    plain: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hosts = places(plain, "one")
-    bad = [(hosts[guest], CLUSTER) for guest in hosts if MiB <= guest < 3 * MiB]
-    monkeypatch.setattr(module, "_MOST", 4)
+    hosts = sorted(places(plain, "one").values())[::50]
+    bad = [(host, SECTOR) for host in hosts]
     with bad_sectors(plain, bad) as server, opened(server.uri, "one") as disk:
-        salvage = Salvage(disk)
-        with ThreadPoolExecutor(4) as pool:
-            reads = [
-                pool.submit(salvage.pread_into, bytearray(MiB // 2), MiB + n * MiB // 2)
-                for n in range(4)
-            ]
-        assert [read.result() for read in reads] == [None] * 4
-    assert [(loss.offset, loss.length) for loss in salvage.losses()] == [(MiB, 2 * MiB)]
+        monkeypatch.setattr(module, "_MOST", len(hosts))
+        _, lost = salvaged(disk)
+        assert len(lost) == len(hosts)
+        monkeypatch.setattr(module, "_MOST", len(hosts) - 1)
+        with pytest.raises(UsageError, match="ranges of it cannot be read"):
+            salvaged(disk)
 
 
 def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:
@@ -439,6 +415,38 @@ def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:
             salvage.pread_into(bytearray(PIECE), 0)
         with pytest.raises(StorageError):
             list(Salvage(disk).plan())
+
+
+@pytest.mark.parametrize(
+    ("bad", "most", "seconds"), [(SECTOR, 8 * KiB, 40), (2 * MiB, 2 * MiB, 40)]
+)
+def test_what_a_slow_error_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, most: int, seconds: int
+) -> None:
+    """On a clock that goes on by seven seconds with each read that fails, and not otherwise."""
+    path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
+    qemu.io(path, "write -P 5 0 4M")
+    qemu.take(path, "one")
+    host = qemu.field64(path, damage.l2_entry(path, "one", 2 * MiB)) & damage.OFFSET
+    now = 0.0
+    original = Disk.fill
+
+    def slow(self: Disk, buffer: memoryview, offset: int, budget: Budget | None = None) -> None:
+        nonlocal now
+        try:
+            original(self, buffer, offset, budget)
+        except StorageError:
+            now += 7
+            raise
+
+    monkeypatch.setattr(Disk, "fill", slow)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    with bad_sectors(path, [(host, bad)]) as server, opened(server.uri, "one") as disk:
+        found, lost_ = salvaged(disk)
+    assert now <= seconds
+    [(offset, length)] = lost_
+    assert (offset, length <= most) == (2 * MiB, True)
+    assert_same(found, b"\5" * 4 * MiB, lost_)
 
 
 def test_a_slow_disk_gets_some_time_for_a_bad_range(

@@ -126,6 +126,10 @@ def _check_usage(args: argparse.Namespace) -> None:
         )
     if args.salvage is not None and (qcow2 or args.target in OUTPUT_NAMES):
         args.usage_error("--salvage makes a raw file: add --format raw, or give another TARGET")
+    if args.salvage in OUTPUT_NAMES:
+        args.usage_error("--salvage writes the map to a file: give it another name")
+    if args.salvage is not None and not args.verify:
+        args.usage_error("--salvage makes a file, which is not read back: leave out --no-verify")
 
 
 def _salvage(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from asyncio import Lock
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from ..errors import Error, escaped
@@ -37,6 +37,13 @@ class Attributes(NamedTuple):
     uid: int
     gid: int
     links: int
+
+
+class Children(NamedTuple):
+    """What is in a directory, as it was when it was asked: no entry is made before it is wanted."""
+
+    names: Sequence[bytes]
+    entry: Callable[[bytes], Entry]  #: for one of the names; raises nothing
 
 
 class Readable(Protocol):
@@ -79,8 +86,12 @@ class Entry:
         """Raises NotThere."""
         raise NotThere
 
-    def children(self) -> Sequence[tuple[bytes, Entry]]:
+    def children(self) -> Children:
         raise NotThere
+
+    def described(self, children: Sequence[Entry]) -> list[Attributes]:
+        """The attributes of some of its children."""
+        return [child.attributes() for child in children]
 
     def open(self) -> Readable:
         raise NotThere
@@ -124,8 +135,9 @@ class Folder(Made):
             raise NotThere
         return found
 
-    def children(self) -> Sequence[tuple[bytes, Entry]]:
-        return list(self.entries.items())
+    def children(self) -> Children:
+        entries = dict(self.entries)
+        return Children(list(entries), entries.__getitem__)
 
 
 class Note(Made):
@@ -161,7 +173,8 @@ class Bytes(Made):
 
 
 class Guest(Entry):
-    """A file, directory or link in a guest's filesystem."""
+    """A file, directory or link in a guest's filesystem.  What it is does not change, so its
+    attributes are kept, and no library is asked for them again; the guard is."""
 
     owner: Owner
     volume: Volume
@@ -171,15 +184,16 @@ class Guest(Entry):
         owner: Owner,
         volume: Volume,
         place: str,
-        path: Path = (),
-        node: Node | Damaged | None = None,
+        path: Path,
+        node: Node | Damaged,
     ) -> None:
-        """``place`` is where the filesystem is in the tree, ``node`` what is known of the file."""
+        """``place`` is where the filesystem is in the tree, ``node`` what is at ``path`` in it."""
         self.owner = owner
         self.turn = volume.turn
         self.volume = volume
         self._place = place
         self._path = path
+        self._attributes = _attributes(node)
         self.key = volume, path
         if isinstance(node, Node) and node.kind is Kind.FILE and node.links > 1:
             self.key = volume, node.key
@@ -189,20 +203,21 @@ class Guest(Entry):
         return "/".join((self._place, *map(escaped, self._path)))
 
     def attributes(self) -> Attributes:
-        node = self.volume.node(self._path)
-        if isinstance(node, Damaged):
-            return Attributes(stat.S_IFREG, 0, 0, 0, 0, 0, 1)
-        mode = _TYPES[node.kind] | node.mode & 0o7777
-        return Attributes(
-            mode, node.size, node.mtime, node.ctime, node.uid, node.gid, max(1, node.links)
-        )
+        self.volume.confirm()
+        return self._attributes
 
     def child(self, name: bytes) -> Entry:
         return self._below(name, self.volume.node((*self._path, name)))
 
-    def children(self) -> Sequence[tuple[bytes, Entry]]:
+    def children(self) -> Children:
         listing = self.volume.listing(self._path)
-        return [(name, self._below(name, node)) for name, node in listing.items()]
+        return Children(list(listing), lambda name: self._below(name, listing[name]))
+
+    def described(self, children: Sequence[Entry]) -> list[Attributes]:
+        found = [child._attributes for child in children if isinstance(child, Guest)]
+        assert len(found) == len(children)
+        self.volume.confirm()
+        return found
 
     def open(self) -> Readable:
         return self.volume.open(self._path)
@@ -212,3 +227,12 @@ class Guest(Entry):
 
     def _below(self, name: bytes, node: Node | Damaged) -> Entry:
         return Guest(self.owner, self.volume, self._place, (*self._path, name), node)
+
+
+def _attributes(node: Node | Damaged) -> Attributes:
+    if isinstance(node, Damaged):
+        return Attributes(stat.S_IFREG, 0, 0, 0, 0, 0, 1)
+    mode = _TYPES[node.kind] | node.mode & 0o7777
+    return Attributes(
+        mode, node.size, node.mtime, node.ctime, node.uid, node.gid, max(1, node.links)
+    )

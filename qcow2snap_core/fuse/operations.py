@@ -18,6 +18,7 @@ import errno
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from functools import partial
 from itertools import count
 from typing import Any, Final, TypeVar
 
@@ -25,7 +26,7 @@ import pyfuse3
 
 from ..errors import Error
 from ..storage.local import Storage
-from .entries import Attributes, Entry, Readable
+from .entries import Attributes, Children, Entry, Readable
 from .tree import Root, SnapshotDirectory
 from .volume import NotThere
 
@@ -35,8 +36,12 @@ Say = Callable[[str], None]
 _LONG: Final = 3600.0  # seconds
 _MOMENT: Final = 0.2
 _WATCH: Final = 1.0
+#: Entries of a directory that are asked for together: the kernel's page has room for 25
+_AT_ONCE: Final = 32
 _BLOCK: Final = 512
 _SECOND: Final = 10**9
+#: Seconds: the kernel has 63 bits for them, and pyfuse3's floating point may round up
+_LATEST: Final = 1 << 62
 #: Of each message one is enough: the kernel asks again, and so do programs
 _MOST_SAID: Final = 1000
 
@@ -93,9 +98,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         self._inodes = _Inodes(root)
         self._handles = count(1)
         self._files: dict[int, tuple[Entry, Readable]] = {}
-        self._directories: dict[int, list[tuple[bytes, Entry, Attributes]]] = {}
+        self._directories: dict[int, tuple[Entry, Children]] = {}
         #: a defect of ours, which ends the mount
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     # --- Names and attributes ---
 
@@ -127,24 +132,23 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     # --- Directories ---
 
     async def opendir(self, inode: int, ctx: Any) -> int:
-        def listed(entry: Entry) -> list[tuple[bytes, Entry, Attributes]]:
-            return [(name, *_with(child)) for name, child in entry.children()]
-
-        listing = await self._ask(self._inodes[inode], listed)
+        folder = self._inodes[inode]
+        children = await self._ask(folder, lambda e: e.children())
         handle = next(self._handles)
-        self._directories[handle] = listing
+        self._directories[handle] = folder, children
         return handle
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        listing = self._directories[fh]
-        for at in range(start_id, len(listing)):
-            name, entry, attributes = listing[at]
-            number = self._inodes.number(entry)
-            reply = _reply(number, entry, attributes)
-            if not pyfuse3.readdir_reply(token, name, reply, at + 1):
-                self._inodes.forget(number, 0)
-                return
-            self._inodes.told(number)
+        folder, children = self._directories[fh]
+        for first in range(start_id, len(children.names), _AT_ONCE):
+            part = partial(_part, children=children, first=first)
+            for at, (name, entry, attributes) in enumerate(await self._ask(folder, part), first):
+                number = self._inodes.number(entry)
+                reply = _reply(number, entry, attributes)
+                if not pyfuse3.readdir_reply(token, name, reply, at + 1):
+                    self._inodes.forget(number, 0)
+                    return
+                self._inodes.told(number)
 
     async def releasedir(self, fh: int) -> None:
         del self._directories[fh]
@@ -178,7 +182,17 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
                 # In a thread: it waits until requests that are being answered have been.
                 await loop.run_in_executor(self._pool, _drop, number)
 
+    def unwatched(self, watching: asyncio.Task[None]) -> None:
+        """Without :meth:`watch`, the kernel would show for an hour what is deleted: so when that
+        ends by a defect, the mount ends too."""
+        if not watching.cancelled() and (defect := watching.exception()) is not None:
+            self._fail(defect)
+
     # --- Inside ---
+
+    def _fail(self, defect: BaseException) -> None:
+        self.failure = self.failure or defect
+        end()
 
     async def _ask(self, entry: Entry, question: Callable[[Entry], _T]) -> _T:
         """Raises FUSEError: what became of it is told in a line of its own."""
@@ -196,8 +210,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(errno.EIO) from None
         except Exception as e:
             # pyfuse3's loop would drop it, and whoever asked would wait for ever.
-            self.failure = self.failure or e
-            end()
+            self._fail(e)
             raise pyfuse3.FUSEError(errno.EIO) from e
         finally:
             self._close_some()
@@ -228,6 +241,12 @@ def _with(entry: Entry) -> tuple[Entry, Attributes]:
     return entry, entry.attributes()
 
 
+def _part(folder: Entry, children: Children, first: int) -> list[tuple[bytes, Entry, Attributes]]:
+    names = children.names[first : first + _AT_ONCE]
+    entries = [children.entry(name) for name in names]
+    return list(zip(names, entries, folder.described(entries), strict=True))
+
+
 def _reply(number: int, entry: Entry, attributes: Attributes) -> Any:
     found = pyfuse3.EntryAttributes()
     found.st_ino = number
@@ -245,8 +264,10 @@ def _reply(number: int, entry: Entry, attributes: Attributes) -> Any:
 
 
 def _time(nanoseconds: int) -> int:
-    """As pyfuse3 takes it right: it divides as floating point, and cuts off towards 1970."""
+    """As pyfuse3 takes it right: it divides as floating point, and cuts off towards 1970.  What
+    it does not take at all, whoever has asked would wait for: no host has such a time."""
     seconds, rest = divmod(nanoseconds, _SECOND)
+    seconds = max(-_LATEST, min(seconds, _LATEST))
     return seconds * _SECOND + (min(rest, _SECOND - 1000) if seconds >= 0 else 0)
 
 

@@ -113,6 +113,7 @@ async def _answer(operations: Operations, woken: int, ready: Callable[[], None])
     loop.add_reader(woken, interrupted)
     requests = asyncio.create_task(pyfuse3.main(max_tasks=_REQUESTS))
     watching = asyncio.create_task(operations.watch())
+    watching.add_done_callback(operations.unwatched)
     ready()
     try:
         await requests

@@ -15,7 +15,7 @@ as it exists; only the tree's root changes, and is asked each time.
 from __future__ import annotations
 
 from asyncio import Lock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -26,7 +26,7 @@ from ..format.snapshot_table import Table
 from ..format.snapshots import Identity, Snapshot
 from ..image.disk import Disk
 from ..image.image import Image
-from .entries import Attributes, Bytes, Entry, Folder, Guest, Note
+from .entries import Attributes, Bytes, Children, Entry, Folder, Guest, Note
 from .volume import InUse, Volume
 
 #: Stands beside the snapshots when there may be more that could not be read
@@ -73,7 +73,7 @@ class SnapshotDirectory(Folder):
         self._look()
         return super().child(name)
 
-    def children(self) -> Sequence[tuple[bytes, Entry]]:
+    def children(self) -> Children:
         self._look()
         return super().children()
 
@@ -130,9 +130,9 @@ class SnapshotDirectory(Folder):
 
     def _add_volume(self, disk: Disk, folder: Folder, name: str, part: str | None) -> None:
         volume = Volume(disk, self.path, part, self._how)
-        volume.check()
+        root = volume.node(())
         self._in_use.note(volume)
-        folder.add(name, Guest(self, volume, f"{folder.path}/{name}"))
+        folder.add(name, Guest(self, volume, f"{folder.path}/{name}", (), root))
 
 
 class Root(Folder):
@@ -159,7 +159,7 @@ class Root(Folder):
         self._look()
         return super().child(name)
 
-    def children(self) -> Sequence[tuple[bytes, Entry]]:
+    def children(self) -> Children:
         self._look()
         return super().children()
 

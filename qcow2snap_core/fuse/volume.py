@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, TypeVar
 from ..errors import Error, ImageError, shown
 from ..files.content import Content
 from ..files.extract import stays_inside
-from ..files.tree import MOST_ENTRIES, Filesystem, Kind, Node, Unreadable, is_safe
+from ..files.tree import Filesystem, Kind, Node, Unreadable, is_safe
 from ..files.volumes import How, open_filesystem
 from ..image.disk import Disk
 
@@ -33,6 +33,8 @@ _MOST_LINKS: Final = 40  # as the kernel
 _LONGEST_NAME: Final = 1024  # bytes, FUSE_NAME_MAX
 _LONGEST_TARGET: Final = 4095
 _LARGEST: Final = (1 << 63) - 1
+#: Entries of one directory: they are all in memory while it is shown
+_MOST_ENTRIES: Final = 100_000
 #: How many entries the listings that are kept may have, the last one not counted
 _KEPT: Final = 50_000
 #: Filesystems that are open at once: each has what it read in memory
@@ -92,12 +94,13 @@ class Volume:
         self._kept = 0  # their entries
         self._places: dict[tuple[int, int], Path] = {}  # of directories, by their key
 
-    def check(self) -> None:
-        """Raises why it cannot be read at all, UsageError if something can be done about it."""
-        self._ask(lambda fs: fs.root())
+    def confirm(self) -> None:
+        """Ask the guard alone; in any thread."""
+        self._disk.confirm()
 
     def node(self, path: Path) -> Node | Damaged:
-        """What is at a path.  Raises NotThere."""
+        """What is at a path.  Raises NotThere; of the root, why the filesystem cannot be read at
+        all, a UsageError if something can be done about that."""
         return self._ask(lambda fs: self._find(fs, path))
 
     def listing(self, path: Path) -> Listing:
@@ -120,9 +123,8 @@ class Volume:
 
     def close(self) -> None:
         """Give its memory back until it is asked again."""
-        self._opened = None
-        self._listings.clear()
-        self._kept = 0
+        self._drop()
+        self._places.clear()
 
     @property
     def times(self) -> int:
@@ -143,10 +145,17 @@ class Volume:
                 if fs is not None:
                     fs.check()
             except Error:
-                self.close()
+                self._drop()
             raise
         self._disk.confirm()
         return answer
+
+    def _drop(self) -> None:
+        """Have it opened anew.  Which directories were met remains: a guest with a bad file in each
+        of them could lead whoever walks through it into the same ones without an end."""
+        self._opened = None
+        self._listings.clear()
+        self._kept = 0
 
     def _filesystem(self) -> Filesystem:
         if self._opened is None:
@@ -185,8 +194,10 @@ class Volume:
         self._places.setdefault(directory.key, path)
         listing: dict[bytes, Node | Damaged] = {}
         for number, node in enumerate(fs.children(directory)):
-            if number == MOST_ENTRIES:
-                raise ImageError(f"a directory has more than {MOST_ENTRIES} entries")
+            if number == _MOST_ENTRIES:
+                raise ImageError(
+                    f"a directory has more than {_MOST_ENTRIES} entries: qcow2snap ls lists it"
+                )
             name = _possible(node.name)
             if name in listing:
                 listing[name] = Damaged("the name is there twice")

@@ -65,7 +65,7 @@ class Data:
 
     def check(self) -> None:
         """Report what cannot be read.  Raises TooManyError after the last one that is wanted."""
-        with progress("reading", sum(piece.length for piece in self._pieces())) as advance:
+        with progress("reading", self._amount) as advance:
 
             def reader() -> Callable[[_Piece], None]:
                 buffer = memoryview(bytearray(_MOST_READ))
@@ -90,6 +90,10 @@ class Data:
 
     # --- What there is ---
 
+    def _amount(self) -> int:
+        """In bytes; all tables are gone through for it."""
+        return sum(piece.length for piece in self._pieces())
+
     def _pieces(self) -> Iterator[_Piece]:
         """Everything that there is to read, each cluster once; tables that cannot be read have
         been reported."""
@@ -103,12 +107,12 @@ class Data:
                 for table, owners in wanted:
                     with suppress(ImageError):
                         count = min(step, self._per_table - first)
-                        guests = self._new(table, first, count, owners, met)
+                        guests = self._unmet(table, first, count, owners, met)
                         start = (index * self._per_table + first) * self._size
-                        for guest, length in self._together(start, guests, owners):
+                        for guest, length in self._as_pieces(start, guests, owners):
                             yield _Piece(guest, length, table, owners)
 
-    def _new(
+    def _unmet(
         self, table: int, first: int, count: int, owners: Sequence[Owner], met: set[tuple[int, ...]]
     ) -> list[int]:
         """The numbers, from ``first`` on, of a table's clusters with data that were not met yet."""
@@ -129,7 +133,7 @@ class Data:
             return bool(entry[1] & (1 << q.SUBCLUSTERS) - 1)
         return not entry[0] & q.OFLAG_ZERO
 
-    def _together(
+    def _as_pieces(
         self, start: int, numbers: Sequence[int], owners: Sequence[Owner]
     ) -> Iterator[tuple[int, int]]:
         """The clusters as pieces of neighbours, (guest offset, length); of the last cluster of a

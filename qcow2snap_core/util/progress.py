@@ -17,6 +17,8 @@ from typing import Any
 
 #: Called with the bytes done since the last call, by any thread.
 Advance = Callable[[int], None]
+#: How much there is to do; a function where it takes long to say, which only a bar is worth.
+Total = int | Callable[[], int]
 
 _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
@@ -52,7 +54,7 @@ class Bar:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str | None = None) -> Iterator[Bar]:
+def progress(what: str, total: Total, unit: str | None = None) -> Iterator[Bar]:
     """Show a bar of ``total`` bytes, or of what else ``unit`` says, until the block ends."""
     shown = not _silent.get() and sys.stderr.isatty()
     drawn = _drawn(what, total, unit) if shown else None
@@ -63,7 +65,7 @@ def progress(what: str, total: int, unit: str | None = None) -> Iterator[Bar]:
             drawn.close()
 
 
-def _drawn(what: str, total: int, unit: str | None) -> Any:
+def _drawn(what: str, total: Total, unit: str | None) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -71,7 +73,7 @@ def _drawn(what: str, total: int, unit: str | None) -> Any:
     tqdm.monitor_interval = 0  # it would start a thread that outlives the bar
     return tqdm(
         desc=what,
-        total=total,
+        total=total() if callable(total) else total,
         unit="B" if unit is None else f" {unit}",
         unit_scale=unit is None,
         unit_divisor=1024,

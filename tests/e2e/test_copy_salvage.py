@@ -140,6 +140,9 @@ REFUSED = {
     "standard output": (("--salvage", "map", "one", "-"), 2, "makes a raw file"),
     "compressed": (("--salvage", "map", "--compress", "one", "o"), 2, "goes with --format qcow2"),
     "an update": (("--salvage", "map", "--since", "one", "one", "o"), 2, "leave out --since"),
+    "a map to standard output": (("--salvage", "-", "one", "o"), 2, "the map to a file"),
+    "the same by its path": (("--salvage", "/dev/stdout", "one", "o"), 2, "the map to a file"),
+    "no comparison": (("--salvage", "map", "--no-verify", "one", "o"), 2, "leave out --no-verify"),
     "a server": (("--salvage", "map", "one", "nbd://localhost"), 1, "is remote: give a file"),
     "no such snapshot": (("--salvage", "map", "three", "out.raw"), 1, "no snapshot 'three'"),
 }  # fmt: skip

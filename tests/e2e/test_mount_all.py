@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from support.filesystems import digests, make_filesystem, make_tree, needs
 from support.live import running
 from support.qemu import KiB, MiB
 from support.running import eventually, processes_with, started, until
+from support.server import ROOT
 from support.vm import machine
 
 pytestmark = pytest.mark.skipif(
@@ -244,6 +246,30 @@ def test_the_files_of_a_guest(guests: Path, where: Path) -> None:
         assert said(process) == []
 
 
+def test_an_open_directory_of_a_deleted_snapshot_is_not_listed(
+    guests: Path, tmp_path: Path, where: Path
+) -> None:
+    path = Path(shutil.copy(guests, tmp_path / "disk.qcow2"))
+    with shown(path, where):
+        etc = os.open(where / "one" / "p1" / "etc", os.O_RDONLY)
+        qemu.delete(path, "one")
+        with raises(errno.EIO):
+            os.listdir(etc)
+        os.close(etc)
+
+
+def test_a_directory_is_listed_from_any_place(guests: Path, where: Path) -> None:
+    """Whole, by several at once, each of which goes on where it was."""
+    tree = guests.parent / "tree"
+    with shown(guests, where), ExitStack() as several:
+        etc = where / "one" / "p1" / "etc"
+        listings = [several.enter_context(os.scandir(etc)) for _ in range(3)]
+        found = [[(e.name, e.inode()) for e in both] for both in zip(*listings, strict=True)]
+        assert all(len(set(each)) == 1 for each in found)
+        assert sorted(each[0][0] for each in found) == sorted(os.listdir(tree / "etc"))
+        assert all((etc / name).lstat().st_ino == inode for (name, inode), *_ in found)
+
+
 def test_links_lead_where_the_guest_would_arrive(guests: Path, where: Path) -> None:
     etc = where / "one" / "p1" / "etc"
     with shown(guests, where):
@@ -397,6 +423,28 @@ def test_a_slow_filesystem_keeps_no_disk_waiting(guests: Path, where: Path) -> N
 
 
 # --- The end ---
+
+DEFECT = """
+import sys
+from qcow2snap_core import cli
+from qcow2snap_core.fuse.tree import Root
+
+def gone(root):
+    raise LookupError("a defect")
+
+Root.gone = gone
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_nothing_stays_mounted_that_would_not_hear_of_deleted_snapshots(
+    image: Path, where: Path
+) -> None:
+    line = [sys.executable, "-c", DEFECT, "mount", image, where]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "LookupError: a defect"
+    assert not os.path.ismount(where)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -4,6 +4,7 @@ leads the host's kernel anywhere."""
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.files.tree import Node
 from qcow2snap_core.files.volumes import How
 from qcow2snap_core.fuse import volume as module
+from qcow2snap_core.fuse.tree import Root
 from qcow2snap_core.fuse.volume import Damaged, NotThere, Volume
 from qcow2snap_core.image.opener import open_image
 
@@ -192,10 +194,70 @@ def test_of_a_deleted_snapshot_nothing_is_said(make: Callable[..., Path], backen
             lambda: volume.listing(()),
             lambda: volume.node((b"none",)),
             lambda: volume.target((b"sub",)),
-            volume.check,
+            lambda: volume.node(()),
+            volume.confirm,
         ):
             with pytest.raises(SnapshotGone):
                 ask()
+
+
+@both
+def test_a_failure_does_not_make_room_for_trees_without_end(
+    tmp_path: Path, make: Callable[..., Path], backend: str
+) -> None:
+    """A directory that two others have is in the first one, and in no other after a bad file was
+    read.  What the filesystem has in memory can be given back all the same."""
+    needs("ext4", backend)
+    content = Random(5).randbytes(3 * MiB)
+    (tmp_path / "tree" / "bad").write_bytes(content)
+    (tmp_path / "tree" / "other").mkdir()
+    path = make("ln /sub/deep /other/deep")
+    place = qemu.content(path, "one").index(content[2 * MiB : 2 * MiB + 4096])
+    damage.put64(path, damage.l2_entry(path, "one", place), 1 << 50)
+    twice = Damaged("the directory is in two places")
+    with opened(path, backend) as volume:
+        assert isinstance(volume.node((b"sub", b"deep")), Node)
+        assert volume.node((b"other", b"deep")) == twice
+        with pytest.raises(ImageError):
+            volume.open((b"bad",)).pread(0, 4 * MiB)
+        assert volume.node((b"other", b"deep")) == twice
+        volume.close()
+        assert isinstance(volume.node((b"other", b"deep")), Node)
+        assert volume.node((b"sub", b"deep")) == twice
+
+
+def test_a_directory_has_so_many_entries_and_no_more(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("ext4", "tsk")
+    for number in range(9):
+        (tmp_path / "tree" / "sub" / str(number)).touch()
+    with opened(make(), "tsk") as volume:
+        monkeypatch.setattr(module, "_MOST_ENTRIES", 10)
+        assert len(volume.listing((b"sub",))) == 10
+        volume.close()
+        monkeypatch.setattr(module, "_MOST_ENTRIES", 9)
+        with pytest.raises(ImageError, match="more than 9 entries: qcow2snap ls lists it"):
+            volume.listing((b"sub",))
+
+
+def test_a_directory_that_is_opened_again_needs_little_memory(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    needs("ext4", "tsk")
+    count, times = 1000, 20
+    for number in range(count):
+        (tmp_path / "tree" / "sub" / f"file{number}").touch()
+    with open_image(str(make())) as image:
+        sub = Root(image, How("tsk")).child(b"one").child(b"files").child(b"sub")
+        first = sub.children()
+        tracemalloc.start()
+        again = [sub.children() for _ in range(times)]
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert all(each.names == first.names for each in again)
+        assert len(first.names) == count + 1
+        assert used < times * count * 20, "a name's place in a list"
 
 
 def test_only_so_many_entries_are_kept(

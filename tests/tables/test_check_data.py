@@ -130,6 +130,16 @@ def test_each_cluster_is_read_once(disk: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(read) < expected / 10, "neighbours go together"
 
 
+def test_tables_are_gone_through_once_where_no_bar_is_drawn(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[Data] = []
+    original = Data._pieces
+    monkeypatch.setattr(Data, "_pieces", lambda self: (passes.append(self), original(self))[1])
+    assert found(disk) == []
+    assert len(passes) == 1
+
+
 def test_the_last_cluster_of_a_disk_may_end_with_it(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "disk.qcow2", MiB + 512)
     qemu.io(path, "write -P 5 0 1049088")

@@ -386,6 +386,20 @@ def test_there_is_an_end_to_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             list(salvage.plan())
 
 
+def test_ranges_that_only_a_read_tells_of_are_counted_too(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = sorted(places(plain, "one").values())[::50]
+    bad = [(host, SECTOR) for host in hosts]
+    with bad_sectors(plain, bad) as server, opened(server.uri, "one") as disk:
+        monkeypatch.setattr(module, "_MOST", len(hosts))
+        _, lost = salvaged(disk)
+        assert len(lost) == len(hosts)
+        monkeypatch.setattr(module, "_MOST", len(hosts) - 1)
+        with pytest.raises(UsageError, match="ranges of it cannot be read"):
+            salvaged(disk)
+
+
 def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:
     with bad_sectors(plain, []) as server, open_image(server.uri) as image:
         active = Salvage(image.active_disk())

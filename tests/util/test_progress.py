@@ -56,6 +56,20 @@ def test_nothing_is_drawn_without_tqdm() -> None:
     assert on_a_terminal(WITHOUT_TQDM + WORK) == ""
 
 
+TOTAL = "def total():\n    print('asked')\n    return 2 << 20\n"
+COSTLY = TOTAL + WORK.replace("2 << 20)", "total)")
+
+
+def test_a_total_that_is_costly_is_asked_for_where_a_bar_is_drawn(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert "2.00M" in on_a_terminal(COSTLY)
+    assert capfd.readouterr().out == "asked\n"
+    assert on_a_terminal(WITHOUT_TQDM + COSTLY) == ""
+    subprocess.run([sys.executable, "-c", COSTLY], cwd=ROOT, stderr=subprocess.PIPE, check=True)
+    assert capfd.readouterr().out == ""
+
+
 @pytest.mark.parametrize("code", [WORK, SEEN], ids=["silent", "tqdm is not even imported"])
 def test_nothing_is_drawn_on_a_pipe(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

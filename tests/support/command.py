@@ -94,10 +94,16 @@ def run(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Complet
     )
 
 
+def terminal(columns: int = 80) -> tuple[int, int]:
+    """Its two ends, ours and the program's.  tqdm 4.70 draws nothing where it has no columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    return ours, theirs
+
+
 def on_terminal(*arguments: object, columns: int = 80) -> list[str]:
     """The lines that it shows on a terminal of that width."""
-    into, out = pty.openpty()
-    fcntl.ioctl(out, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    into, out = terminal(columns)
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     line = [sys.executable, "-m", "qcow2snap_core", *map(str, arguments)]
     with subprocess.Popen(

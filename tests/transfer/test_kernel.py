@@ -91,7 +91,7 @@ def test_another_filesystem_is_no_error(image: Path, tmp_path: Path) -> None:
 
 def test_a_bar_tells_when_it_waits_for_the_disk(image: Path, tmp_path: Path) -> None:
     pytest.importorskip("tqdm")
-    ours, theirs = os.openpty()
+    ours, theirs = command.terminal()
     try:
         assert command.run("copy", image, "s", tmp_path / "copied", stderr=theirs).returncode == 0
         os.write(theirs, b"end")

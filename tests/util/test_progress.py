@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
 
 import pytest
+from support.command import terminal
 from support.server import ROOT
 
 WORK = """
@@ -22,7 +22,7 @@ SEEN = "import sys\n" + WORK + "assert 'tqdm' not in sys.modules"
 
 def on_a_terminal(code: str) -> str:
     """What the code writes to a terminal of its own."""
-    ours, theirs = pty.openpty()
+    ours, theirs = terminal()
     try:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
         os.write(theirs, b"end")

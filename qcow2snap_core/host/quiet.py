@@ -23,6 +23,7 @@ from ..storage.libnbd import is_uri
 from ..storage.local import inode
 from ..storage.locks import is_written
 from .delete import called, ensure_named
+from .names import seen
 
 _KEY: Final = "key"  # what qemu-img calls the passphrase
 _CIPHERS: Final = {q.CRYPT_AES: "aes", q.CRYPT_LUKS: "luks"}
@@ -59,7 +60,7 @@ class QuietImage:
                 stack.callback(os.close, key)
                 descriptors.append(key)
                 secret = ["--object", f"secret,id={_KEY},file={_path(key)}"]
-            name, what = os.fsencode(snapshot.name), self._json(file)
+            name, what = seen(snapshot.name), self._json(file)
             try:
                 done = subprocess.run(
                     ["qemu-img", "snapshot", *secret, "-d", name, what],

@@ -10,19 +10,18 @@ Several disks are one QMP transaction: QEMU drains them all, and then takes all 
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
 from ..errors import UsageError
+from .names import LONGEST, fits
 from .nbdkit import nbdkit
 from .nodes import Qemu, ensure_qcow2, file_name, nodes
 from .openfiles import Found, find
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
-_LONGEST_NAME: Final = 255  # QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
 
 
 Frozen = Callable[[], AbstractContextManager[object]]
@@ -56,8 +55,9 @@ def take(qemu: Qemu, devices: Mapping[str, str], name: str, frozen: Frozen) -> l
     """
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
-    if len(os.fsencode(name)) > _LONGEST_NAME:
-        raise UsageError(f"the snapshot's name is longer than the {_LONGEST_NAME} bytes of QEMU's")
+    if not fits("name", name):
+        most = LONGEST["name"]
+        raise UsageError(f"the snapshot's name is longer than the {most} bytes of QEMU's")
     names = list(devices.values())
     more = "; a snapshot has one name, what is before it is a device" * (len(names) > 1)
     ensure_qcow2(nodes(qemu), names, more)

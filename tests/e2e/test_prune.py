@@ -233,6 +233,82 @@ def test_where_a_name_means_another_nothing_is_deleted(tmp_path: Path, case: str
     assert ids(path) == ["1", "3"]
 
 
+SHOWS_AS = {"a": b"a\0zzzz", "a" * 255: b"a" * 256, "2": b"2\0"}
+
+
+def hidden(path: Path, name: str, what: str = "name") -> Path:
+    """An image in which QEMU takes the first snapshot, which is to be kept, for the second: it
+    shows the first one's name as ``name``, or its ID."""
+    qemu.create(path, MiB)
+    for each in ("first", name, "newest"):
+        qemu.take(path, each)
+    redate(path, {"first": 2 * DAY, name: 0, "newest": 3 * DAY})
+    if what == "name":
+        damage.rename(path, {"first": SHOWS_AS[name]})
+        return path
+    entry = damage.table_entry(path, qemu.snapshots(path)["first"].entry_offset)
+    rest = [damage.table_entry(path, at) for at, _ in entries(path)[1:]]
+    first = entry[:12] + struct.pack(">H", len(SHOWS_AS[name])) + entry[14:-6]
+    first += SHOWS_AS[name] + b"first"
+    packed = [each + bytes(-len(each) % 8) for each in (first, *rest)]
+    damage.put_table(path, 3, b"".join(packed))
+    return path
+
+
+@pytest.mark.parametrize(("name", "what"), [("a", "name"), ("a" * 255, "name"), ("2", "id")])
+def test_a_name_that_qemu_sees_less_of_is_not_taken_for_another(
+    tmp_path: Path, name: str, what: str
+) -> None:
+    path = hidden(tmp_path / "disk.qcow2", name, what)
+    before = path.read_bytes()
+    why = "comes first" if what == "name" else "its name is the ID of snapshot 'first'"
+    assert why in fails("prune", path, "--keep-last", "2")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 255])
+def test_nor_by_a_running_qemu(tmp_path: Path, name: str) -> None:
+    path = hidden(tmp_path / "disk.qcow2", name)
+    (first, _), *_ = entries(path)
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(path.read_bytes())
+    with live.running(path) as it:
+        qcow2snap("prune", path, "--keep-last", "2", "--qmp", it.qmp_socket, "--device", "disk")
+    assert ids(path) == ["1", "3"]
+    extra = int.from_bytes(qemu.peek(copy, first + 36, 4), "big")
+    qemu.patch(copy, first + 40 + extra, b"2")  # now ID and name are one another's
+    before = copy.read_bytes()
+    with live.running(copy) as it:
+        given = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "(ID 2) comes first" in fails("prune", copy, "--keep-last", "2", *given)
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["name", "id"])
+def test_what_has_a_nul_itself_is_refused(tmp_path: Path, what: str) -> None:
+    path = hidden(tmp_path / "disk.qcow2", "2", what)
+    (first, _), *_ = entries(path)
+    qemu.patch(path, first + 16, struct.pack(">I", FIRST - DAY))
+    before = path.read_bytes()
+    assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2")
+    assert path.read_bytes() == before
+    with live.running(path) as it:
+        given = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2", *given)
+    assert path.read_bytes() == before
+
+
+def test_a_name_that_is_too_long_goes_by_its_id(tmp_path: Path) -> None:
+    path = hidden(tmp_path / "disk.qcow2", "a" * 255)
+    (first, _), *_ = entries(path)
+    qemu.patch(path, first + 16, struct.pack(">I", FIRST - DAY))
+    said = fails("prune", path, "--keep-last", "2")
+    assert "which keeps only the beginning of its name or ID: a running QEMU can be told" in said
+    with live.running(path) as it:
+        qcow2snap("prune", path, "--keep-last", "2", "--qmp", it.qmp_socket, "--device", "disk")
+    assert ids(path) == ["2", "3"]
+
+
 # --- With qemu-img ---
 
 

@@ -26,7 +26,7 @@ from .delete import called, ensure_named
 from .names import fits, is_found, listed
 from .nodes import Node, ensure_qcow2, file_name, nodes
 from .openfiles import find
-from .qmp import Qmp, QmpError
+from .qmp import Qmp, QmpError, refusal
 
 _DELETE: Final = "blockdev-snapshot-delete-internal-sync"
 _JOB: Final = "snapshot-delete"
@@ -87,7 +87,7 @@ class RunningQemu:
             time.sleep(_PAUSE)
         self._qemu.execute("job-dismiss", id=job)
         if "error" in state:
-            raise QmpError(f"{_JOB}: {state['error']}")
+            raise refusal(_JOB, state["error"])
 
     def _part(self, node: Node, device: str, snapshot: Snapshot) -> dict[str, Any] | None:
         """What another disk has of a snapshot, as SnapshotInfo.  Raises UsageError where that is

@@ -53,13 +53,15 @@ def image_of(word: str, disk: str | None) -> str:
     """The path of the image that ``libvirt:DOMAIN`` stands for, or the word itself if it is a
     path; ``disk`` is its target, needed where there are several qcow2 images.
 
-    Raises UsageError that lists what there is, LibvirtError with what libvirt says.
+    Raises UsageError that lists what there is or says that the machine is on another host,
+    LibvirtError with what libvirt says.
     """
     if not is_domain(word):
         if disk is not None:
             raise UsageError("--disk goes with libvirt:DOMAIN")
         return word
     with _connected() as connection:
+        _ensure_here(connection, word)
         domain = _domain(connection, word.removeprefix(PREFIX))
         [chosen] = _chosen(connection, domain, [] if disk is None else [disk], one=True)
     return chosen.path
@@ -177,6 +179,22 @@ def _connected(write: bool = False) -> Iterator[Any]:
 def _told(error: Exception) -> LibvirtError:
     said = escaped(str(error))
     return LibvirtError(f"libvirt: {said[:1].lower()}{said[1:]}")
+
+
+def _ensure_here(connection: Any, word: str) -> None:
+    """Raises UsageError when the machine is on another host: its paths mean other files here.  One
+    host has many names, and even ``localhost`` may be another by its port: any is refused."""
+    from urllib.parse import urlsplit
+
+    uri = connection.getURI()
+    try:
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+    except ValueError:  # brackets without an address
+        host = uri
+    if host:
+        raise UsageError(
+            f"{shown(word)} is on {escaped(host)}, by libvirt's {escaped(uri)}: run this there"
+        )
 
 
 def _domain(connection: Any, name: str) -> Any:

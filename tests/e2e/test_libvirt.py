@@ -135,6 +135,43 @@ def test_a_file_of_such_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert command.fails("list", "--disk", "vda", path).endswith("--disk goes with libvirt:DOMAIN")
 
 
+RELAY = """\
+#!/usr/bin/python3
+import os, select, socket
+to = socket.socket(socket.AF_UNIX)
+to.connect({socket!r})
+other = {{0: to.fileno(), to.fileno(): 1}}
+while all(data := [(end, os.read(end, 65536)) for end in select.select(list(other), [], [])[0]]):
+    for end, content in data:
+        if not content:
+            raise SystemExit
+        os.write(other[end], content)
+"""
+
+
+@pytest.fixture
+def remote(libvirtd: Libvirt, tmp_path: Path) -> str:
+    """A URI of the same libvirtd, as that of another host: what stands for ssh leads here."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(RELAY.format(socket=libvirtd.uri.partition("socket=")[2]))
+    ssh.chmod(0o755)
+    return f"qemu+ssh://me@node:22/session?command={ssh}&proxy=netcat"
+
+
+def test_a_machine_of_another_host_has_no_image_here(
+    web: Any, images: list[Path], remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", remote)
+    before = images[1].read_bytes()
+    for line in (["list"], ["map"], ["prune", "--keep-last", "1"]):
+        snapshot = ["first"] if line == ["map"] else []
+        said = command.fails(*line, "--disk", "sdb", "libvirt:web", *snapshot)
+        assert "'libvirt:web' is on node:22, by libvirt's qemu+ssh://me@node:22/session" in said
+        assert said.endswith(": run this there")
+    assert "is on node:22" in command.fails("serve", "libvirt:web", "--disk", "sdb")
+    assert images[1].read_bytes() == before
+
+
 # --- take ---
 
 

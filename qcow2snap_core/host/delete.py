@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from ..errors import StorageError, UsageError, escaped, shown
-from ..format.snapshots import Snapshot
+from ..format.snapshots import Identity, Snapshot
 from ..image.image import Image
 from ..util.interrupts import raise_if_interrupted
 from .names import fits, is_found, rewritten
@@ -56,8 +56,14 @@ def delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> Iterator[Sn
             raise StorageError(f"{called(snapshot)} was deleted by somebody else meanwhile")
         by.ensure_exact(there, snapshot)
         by.delete(there, snapshot)
-        _confirm(image, there, snapshot)
+        missing = _ensure_gone(image, there, snapshot)
         yield snapshot
+        if missing:
+            lost = next(s for s in there if rewritten(s.identity) in missing)
+            raise StorageError(
+                f"since {called(snapshot)} was deleted {called(lost)} is missing from "
+                f"{shown(image.path)} too: somebody else has deleted it"
+            )
 
 
 def called(snapshot: Snapshot) -> str:
@@ -86,7 +92,8 @@ def ensure_named(there: Sequence[Snapshot], snapshot: Snapshot, instead: str = "
     raise UsageError(f"{called(snapshot)} cannot be told to QEMU, {why}{instead}")
 
 
-def _confirm(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> None:
+def _ensure_gone(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> Counter[Identity]:
+    """Raises StorageError when it is not; returns what else is."""
     table = image.table()
     if table.damage:
         raise StorageError(
@@ -101,10 +108,4 @@ def _confirm(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> None:
             f"file that QEMU has open?"
         )
     expected[gone.identity] -= 1
-    missing = expected - there
-    if missing:
-        lost = next(s for s in before if rewritten(s.identity) in missing)
-        raise StorageError(
-            f"since {called(gone)} was deleted {called(lost)} is missing from {shown(image.path)} "
-            f"too: somebody else has deleted it"
-        )
+    return expected - there

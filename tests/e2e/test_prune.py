@@ -5,8 +5,10 @@ The policy itself is tests/tables/test_keep.py's.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import struct
 from datetime import datetime
@@ -100,6 +102,7 @@ def test_what_would_be_done_is_told(disk: Path) -> None:
         "reasons": ["daily snapshot", "monthly snapshot"],
     }
     assert (found["freed-size"], found["deleted"]) == (7 * 3 * 64 * KiB, False)
+    assert not any(s["deleted"] for s in found["delete"])
     assert found["freed-disk-size"] + found["freed-vm-state-size"] == found["freed-size"]
 
 
@@ -148,6 +151,16 @@ WRONG = {
     "no duration": (("--keep-within", "2w"), 1, "is no duration"),
     "a socket alone": (("--keep-last", "1", "--qmp", "x"), 2, "go together"),
     "a device alone": (("--keep-last", "1", "--device", "x"), 2, "go together"),
+    "a passphrase for nothing": (
+        ("--keep-last", "1", "--passphrase", "x"),
+        1,
+        "is not encrypted: leave out the passphrase",
+    ),
+    "a passphrase for a QEMU": (
+        ("--keep-last", "1", "--passphrase", "x", "--qmp", "x", "--device", "d"),
+        2,
+        "the running QEMU has it",
+    ),
     "no socket": (
         ("--keep-last", "1", "--qmp", "/x", "--device", "d"),
         1,
@@ -328,6 +341,39 @@ def test_an_encrypted_image_wants_its_passphrase(tmp_path: Path, form: str) -> N
     assert names_of(path) == ["two"]
 
 
+ONCE = """\
+#!/bin/sh
+mkdir {folder}/once 2>/dev/null && exec {qemu_img} "$@"
+echo 'no more' >&2
+exit 1
+"""
+
+
+def test_what_was_deleted_before_an_error_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("one", "two", "three"):
+        qemu.take(path, name)
+    script = tmp_path / "qemu-img"
+    script.write_text(ONCE.format(folder=tmp_path, qemu_img=shutil.which("qemu-img")))
+    script.chmod(0o755)
+    line = ("prune", path, "--keep-last", "1")
+    with monkeypatch.context() as m:
+        m.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        done = run(*line, "--json")
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    assert error.endswith("snapshot 'two' (ID 2) was not deleted: no more: 1 of 2 were deleted")
+    [found] = json.loads(done.stdout)
+    assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("one", True), ("two", False)]
+    assert found["deleted"] is False
+    assert names(path) == ["two", "three"]
+    [found] = qcow2snap_json(*line)
+    assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("two", True)]
+    assert found["deleted"] is True
+
+
 def names_of(path: Path) -> list[str]:
     return list(qemu.snapshots(path))
 
@@ -391,10 +437,10 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
         qemu.take(path, f"n{n}")
     kept = qemu.content(path, "n59")
     assert s.id == "1"
-    with running.started("prune", path, "--keep-last", "1") as process:
+    with running.started("prune", path, "--keep-last", "1", "--json") as process:
         running.until(lambda: len(names_of(path)) < 60, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=60)
     assert process.returncode == 130
     [line] = said.splitlines()
     deleted = re.fullmatch(r"qcow2snap: stopped: (\d+) of 60 snapshots were deleted", line)
@@ -403,6 +449,8 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
     assert 1 < len(left) < 60
     assert len(left) == 61 - int(deleted[1])
     assert left[-1] == "n59"
+    [found] = json.loads(out)
+    assert [s["name"] for s in found["delete"] if not s["deleted"]] == left[:-1]
     qemu.run("qemu-img", "check", "-q", path)
     assert qemu.content(path, "n59") == kept
 

@@ -1,6 +1,7 @@
 """For pip: the native engine, which is left out where it cannot be compiled.  All else is in
 pyproject.toml."""
 
+import sys
 from glob import glob
 
 from setuptools import Extension, setup
@@ -13,4 +14,7 @@ engine = Extension(
     py_limited_api=True,
     optional=True,
 )
-setup(ext_modules=[engine], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+if "t" in sys.abiflags:  # free-threaded: see qcow2snap_core/_native/loaded.py
+    setup()
+else:
+    setup(ext_modules=[engine], options={"bdist_wheel": {"py_limited_api": "cp311"}})

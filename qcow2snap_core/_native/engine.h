@@ -1,9 +1,7 @@
 /* What the files of the native engine share.  Start reading in reader.c. */
 #pragma once
 #define PY_SSIZE_T_CLEAN
-#ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030b0000 /* Python 3.11: one file for it and all later ones */
-#endif
 #include <Python.h>
 #include <dlfcn.h>
 #include <stdbool.h>

@@ -21,7 +21,7 @@ from .._native.loaded import ENGINE
 from ..errors import Error, reason
 from ..util.interrupts import Interrupted, ending
 from .parser import Parser
-from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, take
+from .streams import OUTPUT_NAMES, OutputLost, failed, give_up_output, say, settle_errors, take
 
 COMMANDS = (
     "list",
@@ -60,7 +60,10 @@ def command() -> int:
     """What is installed as ``qcow2snap``: :func:`main` in a process of its own."""
     take(reports_only=_only_reports(sys.argv[1:]))
     with ending():
-        status = main()
+        try:
+            status = main()
+        finally:
+            settle_errors()
     # All is done: a late Ctrl-C ends Python at once, instead of in the middle of its own clean-up.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -9,6 +9,7 @@ OUT appears when it is whole: when every snapshot in it has been read back and c
 from __future__ import annotations
 
 import argparse
+import resource
 
 from ..errors import escaped
 from ..storage.libnbd import without_secrets
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.snapshot is None:
         if args.out in OUTPUT_NAMES:
             args.usage_error("an image is written to a file: add --snapshot for a stream of a disk")
+        _raise_limit()
         place = judge(args.out, RESTORE_TARGETS, replace=args.force)
         with deferred():
             snapshots = restore(args.repository, place, warn, COMMAND, args.verify)
@@ -51,3 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if target != STANDARD_OUTPUT:
         print(f"{without_secrets(target)}: {done}")
     return 0
+
+
+def _raise_limit() -> None:
+    """All files of a repository are open at once, which may be more than most programs need."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

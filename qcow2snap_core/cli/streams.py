@@ -69,8 +69,20 @@ class _Output(io.TextIOWrapper):
 
 def give_up_output() -> None:
     """Drop what is left of it: Python would complain once more at its exit."""
+    _give_up(1)
+
+
+def settle_errors() -> None:
+    """Drop what standard error does not take: since 3.13 Python would exit with 120 for it."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _give_up(2)
+
+
+def _give_up(fd: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
+    os.dup2(null, fd)
     os.close(null)
 
 

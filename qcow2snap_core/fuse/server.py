@@ -31,6 +31,8 @@ from .operations import Operations, Say, end
 from .tree import Root
 
 _THREADS: Final = 8
+#: Requests that wait at once; more are left to the kernel, whoever they are for
+_REQUESTS: Final = 512
 _DEVICE: Final = "/dev/fuse"
 
 
@@ -109,7 +111,7 @@ async def _answer(operations: Operations, woken: int, ready: Callable[[], None])
         end()
 
     loop.add_reader(woken, interrupted)
-    requests = asyncio.create_task(pyfuse3.main())
+    requests = asyncio.create_task(pyfuse3.main(max_tasks=_REQUESTS))
     watching = asyncio.create_task(operations.watch())
     ready()
     try:

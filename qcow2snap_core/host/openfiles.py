@@ -60,6 +60,12 @@ def find(pid: int, name: str, taken: dict[str, Any]) -> Found:
     raise UsageError(unreadable or "no file that it has open can be read from here and has it")
 
 
+def holding(pid: int, taken: dict[str, Any]) -> list[str]:
+    """Paths that lead to the open files of a process that have a snapshot, of which there are
+    several when it was taken of several disks.  Raises OSError for who may not know them."""
+    return [file for file in _open_files(pid) if _holding(file, taken) is not None]
+
+
 def _open_files(pid: int) -> Iterator[str]:
     """Paths that lead to the regular files and block devices that a process has open, each once.
     Raises OSError for who may not know them."""

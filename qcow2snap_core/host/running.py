@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from ..errors import UsageError, shown
@@ -25,7 +26,7 @@ from ..storage.local import inode
 from .delete import called, ensure_named
 from .names import fits, is_found, listed
 from .nodes import Node, ensure_qcow2, file_name, nodes
-from .openfiles import find
+from .openfiles import holding
 from .qmp import Qmp, QmpError, refusal
 
 _DELETE: Final = "blockdev-snapshot-delete-internal-sync"
@@ -81,7 +82,10 @@ class RunningQemu:
         job = f"qcow2snap-{secrets.token_hex(4)}"
         self._qemu.execute(_JOB, job_id=job, tag=name, devices=list(names))
         while True:
-            (state,) = (j for j in self._qemu.execute("query-jobs") if j["id"] == job)
+            jobs = self._qemu.execute("query-jobs")
+            state = next((j for j in jobs if j["id"] == job), None)
+            if state is None:
+                raise QmpError(f"{_JOB}: the job is gone, somebody else has dismissed it")
             if state["status"] == "concluded":
                 break
             time.sleep(_PAUSE)
@@ -125,22 +129,33 @@ def _device_of(image: Image, there: dict[str, Node], devices: Sequence[str]) -> 
             f"{names} {'have' if len(devices) > 1 else 'has'} other snapshots in QEMU than "
             f"{shown(image.path)}: name the device that has this file"
         )
-    if len(same) > 1:
-        names = " and ".join(map(shown, same))
+    if not ours:
+        raise UsageError(f"{shown(image.path)} has no snapshots any more")
+    if len(same) > 1:  # disks of a machine that was saved, but for the one with its state
+        same = [d for d in same if _leads_to(image, file_name(there[d]["image"]["filename"]))]
+    if len(same) != 1:
+        names = " and ".join(map(shown, devices))
         raise UsageError(f"{names} have the same snapshots: name only the one of this file")
     return same[0]
+
+
+def _leads_to(image: Image, path: str) -> bool:
+    """Whether QEMU's name for a file leads to the image from here."""
+    with suppress(OSError, ValueError):
+        return inode(os.stat(path)) == image.storage.inode
+    return False
 
 
 def _ensure_open(qemu: Qmp, node: Node, image: Image) -> None:
     """Raises UsageError when QEMU has another file with the same snapshots open, a copy; often that
     is not to be seen from here, and then the file itself tells after the first deletion."""
-    try:
-        found = find(qemu.process(), file_name(node["image"]["filename"]), _snapshots(node)[-1])
-        other = not is_uri(found.path) and inode(os.stat(found.path)) != image.storage.inode
-    except (UsageError, OSError):
+    if is_uri(image.path):
         return
-    if other:
-        raise UsageError(f"QEMU has {shown(found.path)} open: {shown(image.path)} is another file")
+    with suppress(OSError):
+        files = holding(qemu.process(), _snapshots(node)[-1])
+        if files and image.storage.inode not in {inode(os.stat(file)) for file in files}:
+            opened = os.readlink(files[0])
+            raise UsageError(f"QEMU has {shown(opened)} open: {shown(image.path)} is another file")
 
 
 def _snapshots(node: Node) -> list[dict[str, Any]]:

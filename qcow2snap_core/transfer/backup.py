@@ -124,7 +124,7 @@ class _Backup:
         for other in sorted(there, key=lambda other: abs(numbers[other.identity] - at)):
             with suppress(ImageError):  # it is gone, or damaged and will say so itself
                 entry = None if other.identity == s.identity else self._entry_of(other)
-                if entry is not None:
+                if entry is not None and self._repository.is_there(entry):
                     below = self._image.disk(other), entry
                     deep = self._repository.depth(entry) >= DEEPEST
                     break
@@ -151,7 +151,9 @@ class _Backup:
         """Whether an entry is the same snapshot, of an image that was compacted or restored from
         the repository: then its tables lie elsewhere, and all of its content is compared."""
         for number, entry in enumerate(self._repository.entries):
-            if described(entry.snapshot) == described(s) and self._has_content_of(s, entry):
+            if described(entry.snapshot) != described(s) or not self._repository.is_there(entry):
+                continue
+            if self._has_content_of(s, entry):
                 entries = list(self._repository.entries)
                 entries[number] = entry._replace(digest=self._digest(s))
                 self._repository.store(Manifest(tuple(entries)), self._most)

@@ -171,6 +171,14 @@ class Repository:
         number = len(self.entries) + 1
         return f"{number}{ENDING}", f"{number}{VM_STATE}"
 
+    def is_there(self, entry: Entry) -> bool:
+        """Whether all files of its chain are, as far as their sizes tell."""
+        return all(
+            os.path.isfile(self.path(each.disk.file))
+            and os.path.getsize(self.path(each.disk.file)) == each.disk.size
+            for each in self.manifest.down_from(entry)
+        )
+
     def depth(self, entry: Entry) -> int:
         """How many files its chain has."""
         return sum(1 for _ in self.manifest.down_from(entry))

@@ -81,7 +81,8 @@ def _lines(job: Job, copy: str, losses: Iterable[Loss]) -> Iterator[str]:
     for loss in losses:
         if at < loss.offset:
             yield _line(at, loss.offset - at, "+")
-        yield f"# {loss.why}"
+        if loss.why:
+            yield f"# {loss.why}"
         yield _line(loss.offset, loss.length, "-")
         at = loss.offset + loss.length
     if at < size:

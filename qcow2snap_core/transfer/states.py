@@ -29,6 +29,7 @@ from .mover import THREADS, Plan, Source
 from .newimage import NewImage, Shape
 
 _BATCH: Final = 2 << 20  # bytes that are read at once, or a cluster
+_PROBE: Final = 64  # bytes
 _PARTS: Final = q.SUBCLUSTERS
 _ALL: Final = (1 << _PARTS) - 1
 
@@ -71,6 +72,7 @@ class StateWriter:
         self._step = shape.entry_words
         self._advance = advance
         self._zeros = bytes(self._size)
+        self._buffer = memoryview(bytearray(max(_BATCH, self._size)))
         self._over_backing = bool(shape.backing_file)
         self._compressor: Compressor = compressor(shape.compression)
         self._pool = ThreadPoolExecutor(THREADS) if compress else None
@@ -220,35 +222,39 @@ class StateWriter:
             return
         size = self._size
         at = first + numbers[0] * size - disk.base
-        data = memoryview(bytearray(len(numbers) * size))
+        data = self._buffer[: len(numbers) * size]
         inside = min(len(data), disk.size - at)
         disk.source.pread_into(data[:inside], at)
-        pieces = [bytes(data[i : i + size]) for i in range(0, len(data), size)]
+        data[inside:] = bytes(len(data) - inside)
+        pieces = [data[i : i + size] for i in range(0, len(data), size)]
         streams: Iterator[bytes] = iter([self._zeros] * len(pieces))  # nothing is saved
         if self._pool:
-            streams = self._pool.map(self._compressor.compress, map(memoryview, pieces))
-        plain: list[tuple[int, bytes]] = []  # host offset, content
-        for number, piece, stream in zip(numbers, pieces, streams, strict=True):
-            host = self._place(words, number, piece, stream, chosen[number])
+            streams = self._pool.map(self._compressor.compress, pieces)
+        begun = stop = wanted = 0  # of the bytes that are to be written next, and their host offset
+        for i, (piece, stream) in enumerate(zip(pieces, streams, strict=True)):
+            host = self._place(words, numbers[i], piece, stream, chosen[numbers[i]])
+            if not host or stop != i * size or host != wanted + stop - begun:
+                self._new.write(data[begun:stop], wanted)
+                begun, stop, wanted = i * size, i * size, host
             if host:
-                plain.append((host, piece))
-        for together in _neighbours(plain, size):
-            self._new.write(b"".join(piece for _, piece in together), together[0][0])
+                stop += size
+        self._new.write(data[begun:stop], wanted)
         self._advance(inside)
 
     def _place(
-        self, words: array[int], number: int, piece: bytes, stream: bytes, parts: int
+        self, words: array[int], number: int, piece: memoryview, stream: bytes, parts: int
     ) -> int:
         """Set the entry of a cluster; returns the host offset to which it is to be written, 0 where
         there is nothing to write."""
         slot = number * self._step
+        is_zero = self._is_zero(piece)
         if not self._shape.extended_l2:
-            if piece == self._zeros:
+            if is_zero:
                 self._zero(words, number, number + 1)
                 return 0
         elif not self._over_backing or words[slot] or words[slot + 1]:
             parts = _ALL  # what is not written of a cluster could not be seen any more
-        if len(stream) < self._size and piece != self._zeros:
+        if len(stream) < self._size and not is_zero:
             self._put(words, number, self._new.compressed(stream))
             return 0
         bitmap = self._bitmap(piece, parts) if self._shape.extended_l2 else _ALL
@@ -256,13 +262,19 @@ class StateWriter:
         self._put(words, number, host, bitmap)
         return host
 
-    def _bitmap(self, piece: bytes, parts: int) -> int:
+    def _is_zero(self, piece: memoryview) -> bool:
+        """Whether it has nothing but zeros, of which most data does not even begin with many."""
+        probe = piece[:_PROBE]
+        zeros = self._zeros[: len(piece)]
+        return probe == zeros[:_PROBE] and bytes(piece) == zeros
+
+    def _bitmap(self, piece: memoryview, parts: int) -> int:
         """The second word of an extended entry: the parts with data, and above them those of
         zeros that are not zeros anyway."""
         part = self._size // _PARTS
         data = 0
         for i in range(_PARTS):
-            if parts >> i & 1 and piece[i * part : (i + 1) * part] != self._zeros[:part]:
+            if parts >> i & 1 and not self._is_zero(piece[i * part : (i + 1) * part]):
                 data |= 1 << i
         zeros = parts & ~data if self._over_backing else 0
         return data | zeros << _PARTS
@@ -281,15 +293,3 @@ def _cut(extents: Iterable[Extent], base: int, span: int) -> Iterator[Extent]:
             n = min(end - at, span - at % span)
             yield Extent(at, n, kind)
             at += n
-
-
-def _neighbours(pieces: list[tuple[int, bytes]], size: int) -> Iterator[list[tuple[int, bytes]]]:
-    """The pieces, those that lie one after the other in the file together."""
-    together: list[tuple[int, bytes]] = []
-    for piece in pieces:
-        if together and piece[0] != together[-1][0] + size:
-            yield together
-            together = []
-        together.append(piece)
-    if together:
-        yield together

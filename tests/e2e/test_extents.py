@@ -176,4 +176,6 @@ def test_a_huge_hole_is_told_in_few_requests(tmp_path: Path) -> None:
     qemu.take(path, "s")
     with serve(file=path) as server, server.connect("s", extents=True) as client:
         (length, kind), *_ = replies(client, 0, 0xFFFFFFFF)
-        assert (length, kind) == (min(size, 0xFFFFFFFF), HOLE_ZERO)
+        # All that was asked for; since 1.44 nbdkit rounds it down to 64 KiB.
+        assert kind == HOLE_ZERO
+        assert 0xFFFF0000 <= length <= 0xFFFFFFFF

@@ -550,6 +550,22 @@ def test_a_machine_and_its_saved_states_on_two_disks(tmp_path: Path) -> None:
         qemu.run("qemu-img", "check", "-q", disk)
 
 
+def test_disks_whose_snapshots_are_all_alike(tmp_path: Path) -> None:
+    """Two of the three disks of a machine: only one has its state."""
+    disks = [qemu.create(tmp_path / f"{n}.qcow2", 4 * MiB) for n in "abc"]
+    socket = tmp_path / "qmp"
+    more = [f"if=none,id=disk-{d.stem},file={d},format=qcow2" for d in disks[1:]]
+    line = [word for drive in more for word in ("-drive", drive)]
+    with machine(disks[0], *line, "-qmp", f"unix:{socket},server=on,wait=off") as vm:
+        for n in range(2):
+            vm.save(f"state-{n}")
+        first = next(d for d in vm.qmp("query-block") if d["inserted"]["file"] == str(disks[0]))
+        given = [x for d in ("disk-b", "disk-c", first["device"]) for x in ("--device", d)]
+        qcow2snap("prune", disks[2], "--keep-last", "1", "--qmp", socket, *given)
+        assert [names(disk) for disk in disks] == [["state-1"]] * 3
+        assert vm.hmp("loadvm state-1") == ""
+
+
 def test_another_disk_s_snapshots_must_be_the_same_ones(tmp_path: Path) -> None:
     disks = [qemu.create(tmp_path / f"{n}.qcow2", 4 * MiB) for n in "ab"]
     for disk in disks:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from support import command, damage, qemu, secret
 from support.qemu import KiB, MiB
 from support.running import eventually, started, until
+from support.server import ROOT
 from support.vm import machine
 
 from qcow2snap_core.transfer import backup as backups
@@ -307,6 +309,28 @@ def test_a_chain_ends_before_it_is_too_deep(
     assert_holds(repository, path)
     command.here("restore", repository, tmp_path / "out.qcow2")
     assert_restored(tmp_path / "out.qcow2", path)
+
+
+def test_more_files_than_a_program_may_have_open(tmp_path: Path) -> None:
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for number in range(30):
+        qemu.take(path, f"s{number}")
+    command.here("backup", path, repository)
+    line = [sys.executable, "-m", "qcow2snap_core", "restore", repository, tmp_path / "out.qcow2"]
+    qemu.run("prlimit", "--nofile=24:1024", *line, cwd=ROOT)
+    assert qemu.info(tmp_path / "out.qcow2")["snapshots"] == qemu.info(path)["snapshots"]
+
+
+def test_nothing_is_laid_on_a_file_that_was_lost(tmp_path: Path) -> None:
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for byte in (1, 2, 3, 4):
+        qemu.io(path, f"write -P {byte} {byte * 64}k 64k")
+        qemu.take(path, f"s{byte}")
+        if byte == 4:
+            (repository / "2.qcow2").unlink()
+        command.here("backup", path, repository)
+    assert [e["parent"] for e in entries(repository)] == [None, "1.qcow2", "2.qcow2", "1.qcow2"]
+    assert read_by_qemu(repository, "4.qcow2") == qemu.content(path, "s4")
 
 
 def test_an_encrypted_image_becomes_plain_and_that_is_said(tmp_path: Path) -> None:

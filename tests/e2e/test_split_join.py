@@ -113,6 +113,16 @@ def test_a_layer_that_grows_again_reads_zeros_there(tmp_path: Path) -> None:
     assert qemu.content(tmp_path / "out.qcow2") == expected
 
 
+def test_what_is_behind_the_end_of_a_compressed_cluster_stays_there(tmp_path: Path) -> None:
+    base = qemu.create(tmp_path / "base.qcow2", 128 * KiB)
+    qemu.io(base, "write -c -P 1 64k 64k")
+    qemu.run("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", base, 96 * KiB)
+    top = qemu.create(tmp_path / "top.qcow2", 128 * KiB, backing=("base.qcow2", "qcow2"))
+    command.qcow2snap("join", top, tmp_path / "out.qcow2")
+    expected = bytes(64 * KiB) + b"\1" * 32 * KiB + bytes(32 * KiB)
+    assert qemu.content(tmp_path / "out.qcow2") == qemu.content(top) == expected
+
+
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 def test_a_backing_file_stays_that_of_the_base(tmp_path: Path, fmt: str) -> None:
     path, chain, out = with_backing(tmp_path, fmt), tmp_path / "chain", tmp_path / "out.qcow2"

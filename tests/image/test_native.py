@@ -387,6 +387,17 @@ def test_a_second_interpreter_goes_without():
     qemu.run(sys.executable, "-W", "error", "-c", script, cwd=ROOT)
 
 
+def test_a_free_threaded_python_goes_without():
+    """3.13 finds the file, loads it and fails in the middle, with no ImportError."""
+    script = (
+        "import sys; sys.abiflags += 't'\n"
+        "from qcow2snap_core._native.loaded import ENGINE, MISSING\n"
+        "print(ENGINE, MISSING)"
+    )
+    said = qemu.run(sys.executable, "-c", script, cwd=ROOT)
+    assert said.startswith("None no native engine, reads take more time: it needs Python's lock")
+
+
 @pytest.mark.skipif(SANITIZED, reason="this is it")
 def test_all_of_this_with_sanitizers(tmp_path):
     """The engine compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import catalogue, damage, qemu, secret
@@ -18,9 +19,11 @@ from support.mutants import KINDS, mutants, qemus
 from support.qemu import KiB, MiB
 from support.vm import machine
 
-from qcow2snap_core.errors import Error, SnapshotGone, StorageError
+from qcow2snap_core.errors import Error, SnapshotGone, StorageError, UsageError
 from qcow2snap_core.image.disk import Disk
+from qcow2snap_core.image.mapping import Budget
 from qcow2snap_core.image.opener import Options, open_image
+from qcow2snap_core.tables.lost import Range, ranges
 from qcow2snap_core.transfer import salvage as module
 from qcow2snap_core.transfer.mover import PIECE, cut
 from qcow2snap_core.transfer.salvage import Salvage
@@ -327,11 +330,12 @@ def test_a_snapshot_may_be_deleted_while_parts_are_read(
     damage.put64(path, damage.l2_entry(path, "one", 0), damage.END_OF_FILE)
     entry = qemu.snapshots(path)["one"].entry_offset
 
-    def deleted(disk: Disk) -> None:
+    def then_deleted(disk: Disk, offset: int, length: int) -> Iterator[Range]:
+        yield from ranges(disk, offset, length)
         qemu.patch(path, entry + damage.SNAPSHOT_FIELDS["date_nsec"], b"\x77")
 
     with opened(path, "one") as disk:
-        monkeypatch.setattr(module, "ensure_there", deleted)  # asked before the parts are
+        monkeypatch.setattr(module, "ranges", then_deleted)  # asked before the parts are read
         with pytest.raises(SnapshotGone):
             Salvage(disk).pread_into(bytearray(128 * KiB), 0)
 
@@ -358,6 +362,30 @@ def test_of_a_terabyte_behind_damaged_entries_not_every_cluster_is_asked_for(
     assert time.thread_time() - began < 2
 
 
+def test_there_is_an_end_to_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other entry of an L2 table is bad, and all of the L1 table lead to it."""
+    path = qemu.create(tmp_path / "disk.qcow2", SIZE, cluster_size=CLUSTER)
+    qemu.io(path, f"write -P 5 0 {SIZE}")
+    qemu.take(path, "one")
+    table = damage.l2_table(path, "one", 0)
+    for n in range(0, CLUSTER // 8, 2):
+        damage.put64(path, table + 8 * n, 0x200)
+    damage.put64(path, damage.l1_entry(path, "one", 2 * MiB), table)
+    monkeypatch.setattr(module, "_MOST_REASONS", 100)
+    with opened(path, "one") as disk:
+        salvage = Salvage(disk)
+        for _ in range(2):  # as a copy goes through the plan
+            assert sum(e.type == 3 for e in salvage.plan()) == 512
+        losses = salvage.losses()
+        assert [(x.offset, x.length) for x in losses] == [
+            (n * CLUSTER, CLUSTER) for n in range(0, SIZE // CLUSTER, 2)
+        ]
+        assert [bool(x.why) for x in losses] == [True] * 100 + [False] * 412
+        monkeypatch.setattr(module, "_MOST", 511)
+        with pytest.raises(UsageError, match="more than 511 ranges of it cannot be read"):
+            list(salvage.plan())
+
+
 def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:
     with bad_sectors(plain, []) as server, open_image(server.uri) as image:
         active = Salvage(image.active_disk())
@@ -373,6 +401,38 @@ def test_a_server_that_is_gone_is_no_bad_sector(plain: Path) -> None:
             salvage.pread_into(bytearray(PIECE), 0)
         with pytest.raises(StorageError):
             list(Salvage(disk).plan())
+
+
+@pytest.mark.parametrize(
+    ("bad", "most", "seconds"), [(SECTOR, 8 * KiB, 40), (2 * MiB, 2 * MiB, 40)]
+)
+def test_what_a_slow_error_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, most: int, seconds: int
+) -> None:
+    """On a clock that goes on by seven seconds with each read that fails, and not otherwise."""
+    path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
+    qemu.io(path, "write -P 5 0 4M")
+    qemu.take(path, "one")
+    host = qemu.field64(path, damage.l2_entry(path, "one", 2 * MiB)) & damage.OFFSET
+    now = 0.0
+    original = Disk.fill
+
+    def slow(self: Disk, buffer: memoryview, offset: int, budget: Budget | None = None) -> None:
+        nonlocal now
+        try:
+            original(self, buffer, offset, budget)
+        except StorageError:
+            now += 7
+            raise
+
+    monkeypatch.setattr(Disk, "fill", slow)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    with bad_sectors(path, [(host, bad)]) as server, opened(server.uri, "one") as disk:
+        found, lost_ = salvaged(disk)
+    assert now <= seconds
+    [(offset, length)] = lost_
+    assert (offset, length <= most) == (2 * MiB, True)
+    assert_same(found, b"\5" * 4 * MiB, lost_)
 
 
 def test_a_slow_disk_gets_some_time_for_a_bad_range(

@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..errors import StorageError, UsageError, escaped, shown
-from ..format.snapshots import Identity, Snapshot
+from ..errors import Error, StorageError, UsageError, escaped, shown
+from ..format.snapshots import Snapshot
 from ..image.image import Image
 from ..util.interrupts import raise_if_interrupted
 from .names import fits, is_found, rewritten
@@ -55,15 +55,27 @@ def delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> Iterator[Sn
         if snapshot.identity not in {s.identity for s in there}:
             raise StorageError(f"{called(snapshot)} was deleted by somebody else meanwhile")
         by.ensure_exact(there, snapshot)
-        by.delete(there, snapshot)
-        missing = _ensure_gone(image, there, snapshot)
-        yield snapshot
-        if missing:
-            lost = next(s for s in there if rewritten(s.identity) in missing)
+        failure: Error | None = None
+        try:
+            by.delete(there, snapshot)
+        except Error as e:  # which does not say how far it came
+            failure = e
+        gone, lost = _missing(image, there, snapshot)
+        if gone:
+            yield snapshot
+        elif failure is None:
             raise StorageError(
-                f"since {called(snapshot)} was deleted {called(lost)} is missing from "
-                f"{shown(image.path)} too: somebody else has deleted it"
+                f"QEMU has deleted {called(snapshot)}, but {shown(image.path)} still has it: is it "
+                f"the file that QEMU has open?"
             )
+        if lost is not None:
+            why = "somebody else has deleted it" if failure is None else failure
+            raise StorageError(
+                f"since {called(snapshot)} was to be deleted {called(lost)} is missing from "
+                f"{shown(image.path)} too: {why}"
+            )
+        if failure is not None:
+            raise failure
 
 
 def called(snapshot: Snapshot) -> str:
@@ -92,20 +104,18 @@ def ensure_named(there: Sequence[Snapshot], snapshot: Snapshot, instead: str = "
     raise UsageError(f"{called(snapshot)} cannot be told to QEMU, {why}{instead}")
 
 
-def _ensure_gone(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> Counter[Identity]:
-    """Raises StorageError when it is not; returns what else is."""
+def _missing(
+    image: Image, before: Sequence[Snapshot], doomed: Snapshot
+) -> tuple[bool, Snapshot | None]:
+    """Whether it is gone from the table, and another that is.  Raises StorageError."""
     table = image.table()
     if table.damage:
         raise StorageError(
-            f"the snapshot table of {shown(image.path)} is damaged since {called(gone)} was "
+            f"the snapshot table of {shown(image.path)} is damaged since {called(doomed)} was "
             f"deleted: {table.damage}"
         )
-    there = Counter(rewritten(s.identity) for s in table.snapshots)
-    expected = Counter(rewritten(s.identity) for s in before)
-    if there[gone.identity] >= expected[gone.identity]:
-        raise StorageError(
-            f"QEMU has deleted {called(gone)}, but {shown(image.path)} still has it: is it the "
-            f"file that QEMU has open?"
-        )
-    expected[gone.identity] -= 1
-    return expected - there
+    missing = Counter(rewritten(s.identity) for s in before)
+    missing -= Counter(rewritten(s.identity) for s in table.snapshots)
+    gone = doomed.identity in missing
+    missing -= Counter([doomed.identity])
+    return gone, next((s for s in before if rewritten(s.identity) in missing), None)

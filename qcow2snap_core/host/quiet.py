@@ -77,7 +77,7 @@ class QuietImage:
             for name_of_ours in (what, _path(file)):
                 said = said.replace(name_of_ours, self._image.path)
             why = escaped(said.partition("\n")[0]) or f"status {done.returncode}"
-            raise StorageError(f"{called(snapshot)} was not deleted: {why}")
+            raise StorageError(f"deleting {called(snapshot)} failed: {why}")
 
     def _ensure_quiet(self) -> None:
         if is_written(self._image.storage):

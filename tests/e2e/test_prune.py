@@ -364,7 +364,7 @@ def test_what_was_deleted_before_an_error_is_printed(
         done = run(*line, "--json")
     assert done.returncode == 1
     (error,) = done.stderr.splitlines()
-    assert error.endswith("snapshot 'two' (ID 2) was not deleted: no more: 1 of 2 were deleted")
+    assert error.endswith("deleting snapshot 'two' (ID 2) failed: no more: 1 of 2 were deleted")
     [found] = json.loads(done.stdout)
     assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("one", True), ("two", False)]
     assert found["deleted"] is False
@@ -372,6 +372,33 @@ def test_what_was_deleted_before_an_error_is_printed(
     [found] = qcow2snap_json(*line)
     assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("two", True)]
     assert found["deleted"] is True
+
+
+@pytest.mark.parametrize("what", ["an L2 table", "another's L1 table"])
+def test_what_is_gone_although_qemu_failed_is_told(tmp_path: Path, what: str) -> None:
+    """Where a cluster is in use and has no refcount, QEMU puts its new snapshot table, and sees
+    only then that it must not: it has removed the snapshot, or lost the last one, by then."""
+    path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
+    for n, name in enumerate(("one", "two", "three")):
+        qemu.io(path, f"write -P 1 {n} 64k")
+        qemu.take(path, name)
+    redate(path, {"one": 0})
+    found = qemu.snapshots(path)
+    own = damage.l2_table(path, "one", 0)
+    cluster = own if what == "an L2 table" else found["two"].l1_table_offset
+    refcounts = qemu.field64(path, qemu.field64(path, 48))
+    qemu.patch(path, refcounts + 2 * (cluster // (64 * KiB)), b"\0\0")
+    done = run("prune", path, "--keep-last", "2", "--json")
+    (error,) = done.stderr.splitlines()
+    assert "deleting snapshot 'one' (ID 1) failed: qcow2: Marking image as corrupt" in error
+    if cluster == own:
+        assert error.endswith(": 1 of 1 were deleted")
+        assert [s["deleted"] for s in json.loads(done.stdout)[0]["delete"]] == [True]
+        assert names_of(path) == ["two", "three"]
+    else:
+        assert "snapshot 'three' (ID 3) is missing from" in error
+        assert error.endswith(": 0 of 1 were deleted")
+        assert names_of(path) == ["one", "two"]
 
 
 def names_of(path: Path) -> list[str]:

@@ -113,22 +113,32 @@ class _Plan:
 
 def run(args: argparse.Namespace) -> int:
     policy = _policy(args)
+    gone: list[Snapshot] = []
     with open_from(args, data=False, layers=False) as image:
+        if args.passphrase_0 is not None and image.header.crypt_method == q.CRYPT_NONE:
+            raise UsageError(f"{shown(image.path)} is not encrypted: leave out the passphrase")
         plan = _Plan(image, policy, args.match)
         if not args.json:
             _print(plan, args.dry_run)
-        if plan.doomed and not args.dry_run:
-            with deferred(), _deleter(args, image) as by:
-                ensure_deletable(by, plan.there, plan.doomed)
-                _delete(image, plan.doomed, by)
+        try:
+            if plan.doomed and not args.dry_run:
+                with deferred(), _deleter(args, image) as by:
+                    ensure_deletable(by, plan.there, plan.doomed)
+                    _delete(image, plan.doomed, by, gone)
+        except (Error, Interrupted):
+            if args.json and gone:
+                print_json([_object(plan, args.dry_run, gone)])
+            raise
     if args.json:
-        print_json([_object(plan, args.dry_run)])
+        print_json([_object(plan, args.dry_run, gone)])
     return 0
 
 
 def _policy(args: argparse.Namespace) -> Policy:
     if (args.qmp is None) != (args.device is None):
         args.usage_error("--qmp and --device go together")
+    if args.qmp is not None and args.passphrase_0 is not None:
+        args.usage_error("--passphrase goes without --qmp: the running QEMU has it")
     within = None if args.keep_within is None else parse_duration(args.keep_within)
     policy = Policy(**{kind: getattr(args, f"keep_{kind}") for kind in _KINDS}, within=within)
     if policy == Policy():
@@ -153,17 +163,17 @@ def _deleter(args: argparse.Namespace, image: Image) -> Iterator[Deleter]:
     yield QuietImage(image, passphrase)
 
 
-def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> None:
-    done = 0
+def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Snapshot]) -> None:
+    """What is deleted is appended to ``gone``, and so is known after an error as well."""
     try:
         with progress("deleting", len(doomed), "snapshots") as advance:
-            for _ in delete(image, doomed, by):
-                done += 1
+            for snapshot in delete(image, doomed, by):
+                gone.append(snapshot)
                 advance(1)
     except Error as e:
-        raise type(e)(f"{e}: {done} of {len(doomed)} were deleted") from e
+        raise type(e)(f"{e}: {len(gone)} of {len(doomed)} were deleted") from e
     except Interrupted:
-        say(f"stopped: {done} of {counted(len(doomed), 'snapshot')} were deleted")
+        say(f"stopped: {len(gone)} of {counted(len(doomed), 'snapshot')} were deleted")
         raise
 
 
@@ -196,14 +206,15 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
     sys.stdout.flush()
 
 
-def _object(plan: _Plan, dry_run: bool) -> dict[str, Any]:
+def _object(plan: _Plan, dry_run: bool, gone: Sequence[Snapshot]) -> dict[str, Any]:
+    deleted = {s.identity for s in gone}
     return {
         "keep": [_snapshot(s) | {"reasons": list(why)} for s, why in plan.considered if why],
-        "delete": [_snapshot(s) for s in plan.doomed],
+        "delete": [_snapshot(s) | {"deleted": s.identity in deleted} for s in plan.doomed],
         "freed-size": plan.freed.size,
         "freed-disk-size": plan.freed.disk,
         "freed-vm-state-size": plan.freed.vm_state,
-        "deleted": not dry_run,
+        "deleted": not dry_run and len(gone) == len(plan.doomed),
     }
 
 

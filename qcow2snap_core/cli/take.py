@@ -13,9 +13,9 @@ from functools import partial
 from ..errors import UsageError, shown
 from ..host.domains import monitor
 from ..host.nodes import Qemu
-from ..host.qmp import FrozenGuest, Qmp
+from ..host.qmp import FrozenGuest, NotThawed, Qmp
 from ..host.take import Frozen, take
-from ..util.interrupts import deferred
+from ..util.interrupts import deferred, raise_if_interrupted
 from .streams import say
 
 HELP = "ask a running QEMU for a snapshot"
@@ -66,19 +66,29 @@ def run(args: argparse.Namespace) -> int:
     if len(set(devices)) < len(devices):
         raise UsageError("a device is given twice: name each one once")
     with deferred():  # the guest must be thawed in any case
-        if args.domain is not None:
-            with monitor(args.domain) as qemu:
-                freeze: Frozen = qemu.frozen if args.freeze else nullcontext
-                _take(qemu, qemu.nodes(devices), name, freeze)
-        else:
-            freeze = nullcontext if args.agent is None else partial(FrozenGuest, args.agent)
-            with Qmp(args.qmp) as qmp:
-                _take(qmp, {device: device for device in devices}, name, freeze)
-    return 0
+        try:
+            return _run(args, devices, name)
+        except NotThawed as e:  # which has to be known after Ctrl-C too
+            say(str(e))
+            raise_if_interrupted()
+            return 1
 
 
-def _take(qemu: Qemu, devices: Mapping[str, str], name: str, freeze: Frozen) -> None:
-    for taken in take(qemu, devices, name, freeze):
+def _run(args: argparse.Namespace, devices: list[str], name: str) -> int:
+    if args.domain is not None:
+        with monitor(args.domain) as qemu:
+            freeze: Frozen = qemu.frozen if args.freeze else nullcontext
+            return _take(qemu, qemu.nodes(devices), name, freeze)
+    freeze = nullcontext if args.agent is None else partial(FrozenGuest, args.agent)
+    with Qmp(args.qmp) as qmp:
+        return _take(qmp, {device: device for device in devices}, name, freeze)
+
+
+def _take(qemu: Qemu, devices: Mapping[str, str], name: str, freeze: Frozen) -> int:
+    found, not_thawed = take(qemu, devices, name, freeze)
+    if not_thawed is not None:
+        say(str(not_thawed))
+    for taken in found:
         command = taken.command()
         if command is not None:
             print(command)
@@ -87,3 +97,4 @@ def _take(qemu: Qemu, devices: Mapping[str, str], name: str, freeze: Frozen) -> 
                 f"the snapshot {shown(name)} of {shown(taken.device)} was taken, but where "
                 f"QEMU has {shown(taken.file)} is not known: {taken.unknown}"
             )
+    return 0 if not_thawed is None else 1

@@ -6,6 +6,8 @@ first snapshot whose name it is, the first whose ID or name, an ID before any na
 given only where all of these are one, and what is to be deleted later is looked at before the first
 is.  A running QEMU can be given name and ID together.
 
+What QEMU takes for the name that it is given may be more than what is equal to it (:mod:`.names`).
+
 Each is looked for in the file's own table before, and there it must be gone afterwards, with all
 others still there.
 """
@@ -14,14 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
-from ..errors import StorageError, UsageError, escaped, shown
+from ..errors import Error, StorageError, UsageError, escaped, shown
 from ..format.snapshots import Snapshot
 from ..image.image import Image
 from ..util.interrupts import raise_if_interrupted
-
-_LONGEST_NAME: Final = 255  # bytes of QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
+from .names import fits, is_found, rewritten
 
 
 class Deleter(Protocol):
@@ -54,9 +55,27 @@ def delete(image: Image, doomed: Sequence[Snapshot], by: Deleter) -> Iterator[Sn
         if snapshot.identity not in {s.identity for s in there}:
             raise StorageError(f"{called(snapshot)} was deleted by somebody else meanwhile")
         by.ensure_exact(there, snapshot)
-        by.delete(there, snapshot)
-        _confirm(image, there, snapshot)
-        yield snapshot
+        failure: Error | None = None
+        try:
+            by.delete(there, snapshot)
+        except Error as e:  # which does not say how far it came
+            failure = e
+        gone, lost = _missing(image, there, snapshot)
+        if gone:
+            yield snapshot
+        elif failure is None:
+            raise StorageError(
+                f"QEMU has deleted {called(snapshot)}, but {shown(image.path)} still has it: is it "
+                f"the file that QEMU has open?"
+            )
+        if lost is not None:
+            why = "somebody else has deleted it" if failure is None else failure
+            raise StorageError(
+                f"since {called(snapshot)} was to be deleted {called(lost)} is missing from "
+                f"{shown(image.path)} too: {why}"
+            )
+        if failure is not None:
+            raise failure
 
 
 def called(snapshot: Snapshot) -> str:
@@ -68,38 +87,35 @@ def ensure_named(there: Sequence[Snapshot], snapshot: Snapshot, instead: str = "
     """Raises UsageError unless its name means this snapshot to every QEMU; ``instead`` is what can
     be done."""
     name = snapshot.name
-    first = next(s for s in there if s.name == name)
-    taken = next((s for s in there if s.id == name and s.identity != snapshot.identity), None)
+    if "\0" in name + snapshot.id:
+        raise UsageError(f"{called(snapshot)} cannot be told to QEMU, which reads up to the NUL")
+    first = next(s for s in there if is_found(s, "name", name))
+    taken = next(
+        (s for s in there if is_found(s, "id", name) and s.identity != snapshot.identity), None
+    )
     if first.identity != snapshot.identity:
         why = f"{called(first)} comes first"
     elif taken is not None:
         why = f"its name is the ID of {called(taken)}"
-    elif "\0" in name or len(name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
-        why = "its name is none that QEMU takes"
+    elif not (fits("name", name) and fits("id", snapshot.id)):
+        why = "which keeps only the beginning of its name or ID"
     else:
         return
     raise UsageError(f"{called(snapshot)} cannot be told to QEMU, {why}{instead}")
 
 
-def _confirm(image: Image, before: Sequence[Snapshot], gone: Snapshot) -> None:
+def _missing(
+    image: Image, before: Sequence[Snapshot], doomed: Snapshot
+) -> tuple[bool, Snapshot | None]:
+    """Whether it is gone from the table, and another that is.  Raises StorageError."""
     table = image.table()
     if table.damage:
         raise StorageError(
-            f"the snapshot table of {shown(image.path)} is damaged since {called(gone)} was "
+            f"the snapshot table of {shown(image.path)} is damaged since {called(doomed)} was "
             f"deleted: {table.damage}"
         )
-    there = Counter(s.identity for s in table.snapshots)
-    expected = Counter(s.identity for s in before)
-    if there[gone.identity] >= expected[gone.identity]:
-        raise StorageError(
-            f"QEMU has deleted {called(gone)}, but {shown(image.path)} still has it: is it the "
-            f"file that QEMU has open?"
-        )
-    expected[gone.identity] -= 1
-    missing = expected - there
-    if missing:
-        lost = next(s for s in before if s.identity in missing)
-        raise StorageError(
-            f"since {called(gone)} was deleted {called(lost)} is missing from {shown(image.path)} "
-            f"too: somebody else has deleted it"
-        )
+    missing = Counter(rewritten(s.identity) for s in before)
+    missing -= Counter(rewritten(s.identity) for s in table.snapshots)
+    gone = doomed.identity in missing
+    missing -= Counter([doomed.identity])
+    return gone, next((s for s in before if rewritten(s.identity) in missing), None)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 from ..errors import Error, UsageError, escaped, shown
-from .qmp import QmpError
+from .qmp import not_thawed, request, result
 
 PREFIX: Final = "libvirt:"
 
@@ -53,13 +53,15 @@ def image_of(word: str, disk: str | None) -> str:
     """The path of the image that ``libvirt:DOMAIN`` stands for, or the word itself if it is a
     path; ``disk`` is its target, needed where there are several qcow2 images.
 
-    Raises UsageError that lists what there is, LibvirtError with what libvirt says.
+    Raises UsageError that lists what there is or says that the machine is on another host,
+    LibvirtError with what libvirt says.
     """
     if not is_domain(word):
         if disk is not None:
             raise UsageError("--disk goes with libvirt:DOMAIN")
         return word
     with _connected() as connection:
+        _ensure_here(connection, word)
         domain = _domain(connection, word.removeprefix(PREFIX))
         [chosen] = _chosen(connection, domain, [] if disk is None else [disk], one=True)
     return chosen.path
@@ -92,13 +94,8 @@ class Monitor:
         """As :meth:`.Qmp.execute`."""
         import libvirt_qemu
 
-        request: dict[str, Any] = {"execute": command}
-        if arguments:
-            request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        answer = json.loads(libvirt_qemu.qemuMonitorCommand(self._domain, json.dumps(request), 0))
-        if "error" in answer:
-            raise QmpError(f"{command}: {answer['error'].get('desc', answer['error'])}")
-        return answer["return"]
+        asked = json.dumps(request(command, arguments))
+        return result(command, json.loads(libvirt_qemu.qemuMonitorCommand(self._domain, asked, 0)))
 
     def process(self) -> int:
         """Not to be seen from here: libvirt gives absolute names of files anyway."""
@@ -112,7 +109,7 @@ class Monitor:
         for device in self.execute("query-block"):
             for disk in disks:
                 parts = device.get("qdev", "").split("/")
-                if disk.alias in parts and device.get("inserted"):
+                if disk.alias and disk.alias in parts and device.get("inserted"):
                     found[disk.target] = device["inserted"]["node-name"]
         for disk in disks:
             if disk.target not in found:
@@ -121,7 +118,7 @@ class Monitor:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The guest's filesystems are frozen, by its agent."""
+        """The guest's filesystems are frozen, by its agent.  Raises NotThawed at the end."""
         try:
             self._domain.fsFreeze()
         except BaseException:
@@ -129,10 +126,17 @@ class Monitor:
             with suppress(_libvirt().libvirtError):
                 self._domain.fsThaw()
             raise
+        before = None
         try:
             yield
+        except BaseException as e:
+            before = e
+            raise
         finally:
-            self._domain.fsThaw()
+            try:
+                self._domain.fsThaw()
+            except _libvirt().libvirtError as e:
+                raise not_thawed(_told(e), before) from e
 
 
 @contextmanager
@@ -169,8 +173,28 @@ def _connected(write: bool = False) -> Iterator[Any]:
         finally:
             connection.close()
     except libvirt.libvirtError as e:
-        said = escaped(str(e))
-        raise LibvirtError(f"libvirt: {said[:1].lower()}{said[1:]}") from e
+        raise _told(e) from e
+
+
+def _told(error: Exception) -> LibvirtError:
+    said = escaped(str(error))
+    return LibvirtError(f"libvirt: {said[:1].lower()}{said[1:]}")
+
+
+def _ensure_here(connection: Any, word: str) -> None:
+    """Raises UsageError when the machine is on another host: its paths mean other files here.  One
+    host has many names, and even ``localhost`` may be another by its port: any is refused."""
+    from urllib.parse import urlsplit
+
+    uri = connection.getURI()
+    try:
+        host = urlsplit(uri).netloc.rpartition("@")[2]
+    except ValueError:  # brackets without an address
+        host = uri
+    if host:
+        raise UsageError(
+            f"{shown(word)} is on {escaped(host)}, by libvirt's {escaped(uri)}: run this there"
+        )
 
 
 def _domain(connection: Any, name: str) -> Any:

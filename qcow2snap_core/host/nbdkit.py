@@ -72,8 +72,9 @@ def keys(image: Image, snapshot: Snapshot, descriptors: list[int]) -> list[str]:
     """
     options = image.options
     found = [f"file={image.storage.absolute}"]
-    found += [f"snapshot-id={snapshot.id}"] if snapshot.id else []
-    found += [f"snapshot-name={snapshot.name}"] if snapshot.name else []
+    # Of a word with a NUL it cannot be told; the other one is what the user chose it by.
+    words = {"snapshot-id": snapshot.id, "snapshot-name": snapshot.name}
+    found += [f"{key}={word}" for key, word in words.items() if word and "\0" not in word]
     found += [f"allow-dir={os.path.abspath(d)}" for d in options.allow_dirs]
     found += [f"allow-file={os.path.abspath(f)}" for f in options.allow_files]
     if options.backing_format is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ..errors import Error, UsageError, shown
+from ..errors import Error, UsageError, escaped, shown
 
 #: BlockDeviceInfo of QEMU's QAPI
 Node = dict[str, Any]
@@ -41,13 +41,14 @@ def ensure_qcow2(there: Mapping[str, Node], devices: Sequence[str], advice: str 
     the line in the former case."""
     for device in devices:
         if device not in there:
-            known = ", ".join(sorted(n for n, x in there.items() if x.get("drv") == "qcow2" and n))
+            known = sorted(n for n, x in there.items() if x.get("drv") == "qcow2" and n)
+            names = ", ".join(map(escaped, known))
             raise UsageError(
-                f"QEMU has no device {shown(device)}: its qcow2 ones are {known}{advice}"
+                f"QEMU has no device {shown(device)}: its qcow2 ones are {names}{advice}"
             )
         if there[device].get("drv") != "qcow2":
             raise UsageError(
-                f"device {shown(device)} is {there[device].get('drv')}, not qcow2: "
+                f"device {shown(device)} is {escaped(str(there[device].get('drv')))}, not qcow2: "
                 f"only qcow2 holds internal snapshots"
             )
 

@@ -24,6 +24,7 @@ from ..format.snapshots import Snapshot
 from ..storage.libnbd import absolute, is_uri
 from ..storage.local import inode, open_storage
 from ..storage.remote import RemoteFile
+from .names import listed
 
 
 class Found(NamedTuple):
@@ -90,7 +91,10 @@ def _holding(path: str, taken: dict[str, Any]) -> tuple[Snapshot, ...] | None:
             snapshots = read_table(storage).snapshots
     except Error:  # no image, or none for us to read
         return None
-    has = any((s.id, s.name, s.date_sec, s.date_nsec) == wanted for s in snapshots)
+    has = any(
+        (listed("id", s.id), listed("name", s.name), s.date_sec, s.date_nsec) == wanted
+        for s in snapshots
+    )
     return snapshots if has else None
 
 

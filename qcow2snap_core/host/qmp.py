@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final
 
-from ..errors import Error, reason, shown
+from ..errors import Error, escaped, reason, shown
 from ..util.interrupts import raise_if_interrupted
 
 _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
@@ -27,6 +27,37 @@ _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 class QmpError(Error):
     """QEMU, or the guest agent, refused a command or did not answer."""
+
+
+class NotThawed(QmpError):
+    """The guest's filesystems may be frozen still."""
+
+
+def not_thawed(why: Error, before: BaseException | None) -> NotThawed:
+    """``before`` is what had ended the time in which they were frozen, if anything had."""
+    told = f"{before}; " if isinstance(before, Error) else ""
+    return NotThawed(f"{told}the guest was not thawed: {why}")
+
+
+def request(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What is sent to have a command done; ``_`` in an argument's name stands for ``-``."""
+    if not arguments:
+        return {"execute": command}
+    named = {key.replace("_", "-"): value for key, value in arguments.items()}
+    return {"execute": command, "arguments": named}
+
+
+def result(command: str, answer: dict[str, Any]) -> Any:
+    """What the command returned.  Raises QmpError with the reason that the other side gave."""
+    if "error" in answer:
+        raise refusal(command, answer["error"])
+    return answer["return"]
+
+
+def refusal(command: str, error: Any) -> QmpError:
+    """The other side's reason, on one line: an agent is part of the guest, which may be hostile."""
+    said = error.get("desc", error) if isinstance(error, dict) else error
+    return QmpError(f"{command}: {escaped(str(said))}")
 
 
 class _JsonSocket:
@@ -54,9 +85,14 @@ class _JsonSocket:
         except OSError as e:
             raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
 
-    def _receive(self) -> dict[str, Any]:
+    def _deadline(self) -> float:
+        """Until when all is waited for that comes before an answer, and the answer: who talks for
+        ever does not answer either."""
+        return time.monotonic() + self._timeout
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
         try:
-            line = self._line()
+            line = self._line(deadline)
         except TimeoutError as e:
             raise QmpError(
                 f"{shown(self._path)} does not answer: is another program using it? "
@@ -69,7 +105,7 @@ class _JsonSocket:
         try:
             # The agent marks an answer that follows a reset with a byte that is no JSON.
             message = json.loads(line.lstrip(b"\xff"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise QmpError(
                 f"{shown(self._path)} does not speak JSON: is it the right socket?"
             ) from e
@@ -77,11 +113,10 @@ class _JsonSocket:
             raise QmpError(f"{shown(self._path)} does not speak QMP: is it the right socket?")
         return message
 
-    def _line(self) -> bytes:
+    def _line(self, deadline: float) -> bytes:
         """The next one; empty when the other side has closed.  Raises OSError, Interrupted."""
         received = [self._ahead]
         length = len(self._ahead)
-        deadline = time.monotonic() + self._timeout
         while b"\n" not in received[-1] and length < _LONGEST_LINE:
             if self._interruptible:
                 raise_if_interrupted()
@@ -99,16 +134,12 @@ class _JsonSocket:
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """What the command returns.  Raises QmpError with the reason that the other side gave."""
-        request: dict[str, Any] = {"execute": command}
-        if arguments:
-            request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self._send(request)
+        self._send(request(command, arguments))
+        deadline = self._deadline()
         while True:
-            answer = self._receive()
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise QmpError(f"{command}: {answer['error'].get('desc', answer['error'])}")
+            answer = self._receive(deadline)
+            if "return" in answer or "error" in answer:  # and no event
+                return result(command, answer)
 
     @contextmanager
     def to_the_end(self) -> Iterator[None]:
@@ -129,7 +160,7 @@ class Qmp(_JsonSocket):
         """Connect and negotiate.  Raises QmpError."""
         super().__init__(path, timeout)
         try:
-            if "QMP" not in self._receive():
+            if "QMP" not in self._receive(self._deadline()):
                 raise QmpError(f"{shown(path)} does not speak QMP: is it the right socket?")
             self.execute("qmp_capabilities")
         except BaseException:
@@ -153,7 +184,8 @@ class Qmp(_JsonSocket):
 
 
 class FrozenGuest(_JsonSocket):
-    """The guest's filesystems, frozen through its agent for the length of a ``with`` block."""
+    """The guest's filesystems, frozen through its agent for the length of a ``with`` block, at the
+    end of which NotThawed may be raised."""
 
     def __init__(self, path: str, timeout: float = 60) -> None:
         """Connect; nothing is frozen yet.  Raises QmpError when no agent answers."""
@@ -162,7 +194,8 @@ class FrozenGuest(_JsonSocket):
         number = secrets.randbelow(1 << 31)
         try:
             self._send({"execute": "guest-sync", "arguments": {"id": number}})
-            while self._receive().get("return") != number:
+            deadline = self._deadline()
+            while self._receive(deadline).get("return") != number:
                 pass
         except BaseException:
             self.close()
@@ -171,20 +204,22 @@ class FrozenGuest(_JsonSocket):
     def __enter__(self) -> FrozenGuest:
         try:
             self.execute("guest-fsfreeze-freeze")
-        except BaseException:
+        except BaseException as e:
             # It may have frozen some of them, or all and been interrupted before it said so.
-            self._thaw()
+            self._thaw(e)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._thaw()
+        self._thaw(e)
 
-    def _thaw(self) -> None:
+    def _thaw(self, before: BaseException | None) -> None:
         self._interruptible = False  # whatever came before this
         try:
             self.execute("guest-fsfreeze-thaw")
+        except QmpError as e:
+            raise not_thawed(e, before) from e
         finally:
             self.close()

@@ -23,6 +23,7 @@ from ..storage.libnbd import is_uri
 from ..storage.local import inode
 from ..storage.locks import is_written
 from .delete import called, ensure_named
+from .names import seen
 
 _KEY: Final = "key"  # what qemu-img calls the passphrase
 _CIPHERS: Final = {q.CRYPT_AES: "aes", q.CRYPT_LUKS: "luks"}
@@ -59,7 +60,7 @@ class QuietImage:
                 stack.callback(os.close, key)
                 descriptors.append(key)
                 secret = ["--object", f"secret,id={_KEY},file={_path(key)}"]
-            name, what = os.fsencode(snapshot.name), self._json(file)
+            name, what = seen(snapshot.name), self._json(file)
             try:
                 done = subprocess.run(
                     ["qemu-img", "snapshot", *secret, "-d", name, what],
@@ -76,7 +77,7 @@ class QuietImage:
             for name_of_ours in (what, _path(file)):
                 said = said.replace(name_of_ours, self._image.path)
             why = escaped(said.partition("\n")[0]) or f"status {done.returncode}"
-            raise StorageError(f"{called(snapshot)} was not deleted: {why}")
+            raise StorageError(f"deleting {called(snapshot)} failed: {why}")
 
     def _ensure_quiet(self) -> None:
         if is_written(self._image.storage):

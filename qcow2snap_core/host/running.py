@@ -24,9 +24,10 @@ from ..image.image import Image
 from ..storage.libnbd import is_uri
 from ..storage.local import inode
 from .delete import called, ensure_named
+from .names import fits, is_found, listed
 from .nodes import Node, ensure_qcow2, file_name, nodes
 from .openfiles import holding
-from .qmp import Qmp, QmpError
+from .qmp import Qmp, QmpError, refusal
 
 _DELETE: Final = "blockdev-snapshot-delete-internal-sync"
 _JOB: Final = "snapshot-delete"
@@ -90,7 +91,7 @@ class RunningQemu:
             time.sleep(_PAUSE)
         self._qemu.execute("job-dismiss", id=job)
         if "error" in state:
-            raise QmpError(f"{_JOB}: {state['error']}")
+            raise refusal(_JOB, state["error"])
 
     def _part(self, node: Node, device: str, snapshot: Snapshot) -> dict[str, Any] | None:
         """What another disk has of a snapshot, as SnapshotInfo.  Raises UsageError where that is
@@ -112,7 +113,13 @@ class RunningQemu:
 def _device_of(image: Image, there: dict[str, Node], devices: Sequence[str]) -> str:
     """The one that has the image."""
     ours = [
-        (s.id, s.date_sec, s.date_nsec, s.vm_state_size, *divmod(s.vm_clock_nsec, 10**9))
+        (
+            listed("id", s.id),
+            s.date_sec,
+            s.date_nsec,
+            s.vm_state_size,
+            *divmod(s.vm_clock_nsec, 10**9),
+        )
         for s in image.snapshots
     ]
     same = [d for d in devices if [_fields(s) for s in _snapshots(there[d])] == ours]
@@ -163,25 +170,27 @@ def _fields(s: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _words(snapshot: Snapshot) -> dict[str, str]:
-    """What QEMU is told; of a name that is not UTF-8 it cannot be."""
-    if _is_text(snapshot.name):
+    """What QEMU is told; of a name that is not UTF-8, or too long, it cannot be."""
+    if _can_be_told("name", snapshot.name):
         return {"id": snapshot.id, "name": snapshot.name}
     return {"id": snapshot.id}
 
 
 def _ensure_found(there: Sequence[Snapshot], snapshot: Snapshot) -> None:
     """Raises UsageError unless these words lead to the snapshot."""
+    if "\0" in snapshot.name + snapshot.id:
+        raise UsageError(f"{called(snapshot)} cannot be told to QEMU, which reads up to the NUL")
+    if not _can_be_told("id", snapshot.id):
+        raise UsageError(f"{called(snapshot)} cannot be told to QEMU by such an ID")
     words = _words(snapshot)
-    same = [s for s in there if all(getattr(s, key) == value for key, value in words.items())]
-    if same[0].identity != snapshot.identity or not _is_text(snapshot.id):
-        raise UsageError(
-            f"{called(snapshot)} cannot be told to QEMU, {called(same[0])} comes first"
-        )
+    first = next(s for s in there if all(is_found(s, key, word) for key, word in words.items()))
+    if first.identity != snapshot.identity:
+        raise UsageError(f"{called(snapshot)} cannot be told to QEMU, {called(first)} comes first")
 
 
-def _is_text(word: str) -> bool:
-    """Whether QMP can say it."""
-    return "\0" not in word and word.encode("utf-8", "replace").decode("utf-8") == word
+def _can_be_told(key: str, word: str) -> bool:
+    """Whether QMP can say it, and QEMU finds it."""
+    return fits(key, word) and word.encode("utf-8", "replace").decode("utf-8") == word
 
 
 def _is_named(there: Sequence[Snapshot], snapshot: Snapshot) -> bool:
@@ -189,4 +198,4 @@ def _is_named(there: Sequence[Snapshot], snapshot: Snapshot) -> bool:
         ensure_named(there, snapshot)
     except UsageError:
         return False
-    return _is_text(snapshot.name)
+    return _can_be_told("name", snapshot.name)

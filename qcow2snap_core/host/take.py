@@ -10,19 +10,19 @@ Several disks are one QMP transaction: QEMU drains them all, and then takes all 
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
-from ..errors import UsageError
+from ..errors import Error, UsageError, shown
+from .names import LONGEST, fits
 from .nbdkit import nbdkit
 from .nodes import Qemu, ensure_qcow2, file_name, nodes
 from .openfiles import Found, find
+from .qmp import NotThawed
 
 _TAKE: Final = "blockdev-snapshot-internal-sync"
-_LONGEST_NAME: Final = 255  # QEMUSnapshotInfo; of a longer one QEMU keeps the beginning
 
 
 Frozen = Callable[[], AbstractContextManager[object]]
@@ -47,32 +47,54 @@ class Taken(NamedTuple):
         return shlex.join([*nbdkit(), f"file={self.found.path}", f"{key}={self.name}"])
 
 
-def take(qemu: Qemu, devices: Mapping[str, str], name: str, frozen: Frozen) -> list[Taken]:
+def take(
+    qemu: Qemu, devices: Mapping[str, str], name: str, frozen: Frozen
+) -> tuple[list[Taken], NotThawed | None]:
     """Take an internal snapshot of all ``devices`` at one instant: their node or device names, by
     what the user calls them.
 
     ``frozen`` makes the context in which it is taken: the guest's filesystems are frozen in it.
-    Raises UsageError, or QmpError with QEMU's reason; then no snapshot was taken.
+    Raises UsageError, or QmpError with QEMU's reason; then no snapshot was taken.  That the guest
+    was not thawed after it had been is returned.
     """
     if not name:
         raise UsageError("the snapshot's name is empty: give one")
-    if len(os.fsencode(name)) > _LONGEST_NAME:
-        raise UsageError(f"the snapshot's name is longer than the {_LONGEST_NAME} bytes of QEMU's")
+    if not fits("name", name):
+        most = LONGEST["name"]
+        raise UsageError(f"the snapshot's name is longer than the {most} bytes of QEMU's")
     names = list(devices.values())
     more = "; a snapshot has one name, what is before it is a device" * (len(names) > 1)
-    ensure_qcow2(nodes(qemu), names, more)
-    with frozen():
-        if len(names) == 1:
-            qemu.execute(_TAKE, device=names[0], name=name)
-        else:
-            actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in names]
-            qemu.execute("transaction", actions=actions)
     there = nodes(qemu)
-    return [_taken(qemu, called, name, there[d]["image"]) for called, d in devices.items()]
+    ensure_qcow2(there, names, more)
+    is_taken, not_thawed, unknown = False, None, ""
+    try:
+        with frozen():
+            _execute(qemu, names, name)
+            is_taken = True
+    except NotThawed as e:
+        if not is_taken:
+            raise
+        not_thawed = NotThawed(f"the snapshot {shown(name)} was taken, but {e}")
+    try:
+        there = nodes(qemu)
+    except Error as e:
+        unknown = str(e)
+    images = {called: there[device]["image"] for called, device in devices.items()}
+    return [_taken(qemu, *each, name, unknown) for each in images.items()], not_thawed
 
 
-def _taken(qemu: Qemu, device: str, name: str, image: dict[str, Any]) -> Taken:
+def _execute(qemu: Qemu, names: Sequence[str], name: str) -> None:
+    if len(names) == 1:
+        qemu.execute(_TAKE, device=names[0], name=name)
+    else:
+        actions = [{"type": _TAKE, "data": {"device": d, "name": name}} for d in names]
+        qemu.execute("transaction", actions=actions)
+
+
+def _taken(qemu: Qemu, device: str, image: dict[str, Any], name: str, unknown: str) -> Taken:
     file = file_name(image["filename"])
+    if unknown:
+        return Taken(device, name, file, None, unknown)
     snapshots = [s for s in image.get("snapshots", ()) if s["name"] == name]
     if not snapshots:
         return Taken(device, name, file, None, "it has been deleted again")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import UsageError, escaped
 from ..format.choosing import Choice
 from ..image.image import Image
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.libnbd import absolute, is_uri, refuse_url
 from ..storage.local import from_here
-from ..typed import Final
+from ..typed import Final, TypeVar
 from ..util.passphrase import read_passphrase
 from ..util.units import parse_seconds, parse_size
 from ..util.wording import PLUGIN
@@ -28,6 +30,8 @@ KEYS: Final = (
     "cluster-cache-size",
     "remote-timeout",
 )
+
+_T = TypeVar("_T")
 
 
 class Settings:
@@ -61,14 +65,10 @@ class Settings:
             self._values[key] = _from_here(key, value)
         elif key == "backing-format" and value not in BACKING_FORMATS:
             raise UsageError(f"{key}={escaped(value)}: give raw or qcow2")
-        elif key.endswith("-size") or key == "remote-timeout":
-            try:
-                if key == "remote-timeout":
-                    self._remote_timeout = parse_seconds(value)
-                else:
-                    self._sizes[key] = parse_size(value)
-            except UsageError as e:
-                raise UsageError(f"{key}=: {e}") from e
+        elif key == "remote-timeout":
+            self._remote_timeout = _parsed(key, value, parse_seconds)
+        elif key.endswith("-size"):
+            self._sizes[key] = _parsed(key, value, parse_size)
 
     @property
     def choice(self) -> Choice | None:
@@ -105,6 +105,13 @@ def _layer(key: str) -> int | None:
         return 0 if name == "passphrase" else None
     plain = number.isascii() and number.isdigit() and not number.startswith("0")
     return int(number) if plain and len(number) <= 4 else None
+
+
+def _parsed(key: str, value: str, parse: Callable[[str], _T]) -> _T:
+    try:
+        return parse(value)
+    except UsageError as e:
+        raise UsageError(f"{key}=: {e}") from e
 
 
 def _from_here(key: str, value: str) -> str:

@@ -12,8 +12,11 @@ import pytest
 from support import command, qemu
 from support.libvirt import Libvirt, running
 from support.qemu import KiB, MiB
+from support.vm import machine
 
-from qcow2snap_core.host.domains import Monitor
+from qcow2snap_core.errors import UsageError
+from qcow2snap_core.host.domains import Monitor, monitor
+from qcow2snap_core.host.qmp import NotThawed, Qmp, QmpError
 
 SNAPSHOT = "<domainsnapshot><name>{}</name><description>{}</description></domainsnapshot>"
 
@@ -132,6 +135,43 @@ def test_a_file_of_such_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert command.fails("list", "--disk", "vda", path).endswith("--disk goes with libvirt:DOMAIN")
 
 
+RELAY = """\
+#!/usr/bin/python3
+import os, select, socket
+to = socket.socket(socket.AF_UNIX)
+to.connect({socket!r})
+other = {{0: to.fileno(), to.fileno(): 1}}
+while all(data := [(end, os.read(end, 65536)) for end in select.select(list(other), [], [])[0]]):
+    for end, content in data:
+        if not content:
+            raise SystemExit
+        os.write(other[end], content)
+"""
+
+
+@pytest.fixture
+def remote(libvirtd: Libvirt, tmp_path: Path) -> str:
+    """A URI of the same libvirtd, as that of another host: what stands for ssh leads here."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(RELAY.format(socket=libvirtd.uri.partition("socket=")[2]))
+    ssh.chmod(0o755)
+    return f"qemu+ssh://me@node:22/session?command={ssh}&proxy=netcat"
+
+
+def test_a_machine_of_another_host_has_no_image_here(
+    web: Any, images: list[Path], remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", remote)
+    before = images[1].read_bytes()
+    for line in (["list"], ["map"], ["prune", "--keep-last", "1"]):
+        snapshot = ["first"] if line == ["map"] else []
+        said = command.fails(*line, "--disk", "sdb", "libvirt:web", *snapshot)
+        assert "'libvirt:web' is on node:22, by libvirt's qemu+ssh://me@node:22/session" in said
+        assert said.endswith(": run this there")
+    assert "is on node:22" in command.fails("serve", "libvirt:web", "--disk", "sdb")
+    assert images[1].read_bytes() == before
+
+
 # --- take ---
 
 
@@ -196,6 +236,72 @@ def test_the_guest_is_frozen_and_thawed() -> None:
         assert domain.fsThaw() == 2
         domain.fsFreeze()
     assert domain.fsThaw() == 0
+    connection.close()
+
+
+def test_a_machine_that_has_ended_is_not_thawed() -> None:
+    import libvirt
+
+    def end(refused: QmpError | None) -> None:
+        with Monitor(connection, domain).frozen():
+            domain.destroy()
+            if refused is not None:
+                raise refused
+
+    connection = libvirt.open("test:///default")
+    [domain] = connection.listAllDomains()
+    with pytest.raises(NotThawed, match="^the guest was not thawed: libvirt: .*not running"):
+        end(None)
+    domain.create()
+    with pytest.raises(NotThawed, match="^it was refused; the guest was not thawed: libvirt: "):
+        end(QmpError("it was refused"))
+    domain.create()
+    connection.close()
+
+
+def test_what_qemu_refuses_through_libvirt(web: Any) -> None:
+    with monitor("web") as qemu:
+        with pytest.raises(QmpError, match=r"^no-such\n: .*no-such\\n has not been found"):
+            qemu.execute("no-such\n")
+        assert qemu.execute("query-status")["status"] == "running"
+
+
+UNNAMED = """
+<domain type='test'>
+  <name>unnamed</name><memory>1024</memory><os><type>hvm</type></os>
+  <devices><disk type='file' device='disk'>
+    <driver type='qcow2'/><source file='{path}'/><target dev='vda'/>
+  </disk></devices>
+</domain>
+"""
+
+
+class Through(Monitor):
+    """What QEMU's own socket answers, for a machine of libvirt's test driver."""
+
+    def __init__(self, connection: Any, domain: Any, qemu: Qmp) -> None:
+        super().__init__(connection, domain)
+        self.execute = qemu.execute  # type: ignore[method-assign]
+
+
+def test_a_disk_without_an_alias_is_no_other_one(tmp_path: Path) -> None:
+    """QEMU has a drive that belongs to no device, and so has no path of one either."""
+    import libvirt
+
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    socket = tmp_path / "qmp"
+    more = ("-drive", f"if=none,id=spare,file={path},format=qcow2")
+    connection = libvirt.open("test:///default")
+    domain = connection.createXML(UNNAMED.format(path=tmp_path / "other.qcow2"))
+    listen = ("-qmp", f"unix:{socket},server=on,wait=off")
+    first = qemu.create(tmp_path / "first.qcow2", MiB)
+    with (
+        machine(first, *more, *listen),
+        Qmp(str(socket)) as qmp,
+        pytest.raises(UsageError, match="QEMU has nothing in the disk 'vda'"),
+    ):
+        Through(connection, domain, qmp).nodes([])
+    domain.destroy()
     connection.close()
 
 

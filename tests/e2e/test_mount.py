@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import command, qemu
+from support import command, damage, qemu
 from support.qemu import KiB, MiB
 from support.running import eventually, processes_with, started, until
 from support.server import ROOT
@@ -41,6 +41,17 @@ def test_the_disk_is_there_until_interrupted(image: Path, tmp_path: Path, number
     assert (process.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
     eventually(lambda: not processes_with(str(image)))
+
+
+def test_a_name_that_no_command_line_can_hold(image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "disk.qcow2"
+    copy.write_bytes(image.read_bytes())
+    damage.rename(copy, {"one": b"o\0ne"})
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    with started("mount", copy, "1", directory) as process:
+        until((directory / "disk").exists, process)
+        assert (directory / "disk").read_bytes() == qemu.content(image, "one")
 
 
 def test_unmounting_ends_it(image: Path, tmp_path: Path) -> None:

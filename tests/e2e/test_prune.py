@@ -5,8 +5,10 @@ The policy itself is tests/tables/test_keep.py's.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import struct
 from datetime import datetime
@@ -100,6 +102,7 @@ def test_what_would_be_done_is_told(disk: Path) -> None:
         "reasons": ["daily snapshot", "monthly snapshot"],
     }
     assert (found["freed-size"], found["deleted"]) == (7 * 3 * 64 * KiB, False)
+    assert not any(s["deleted"] for s in found["delete"])
     assert found["freed-disk-size"] + found["freed-vm-state-size"] == found["freed-size"]
 
 
@@ -148,6 +151,16 @@ WRONG = {
     "no duration": (("--keep-within", "2w"), 1, "is no duration"),
     "a socket alone": (("--keep-last", "1", "--qmp", "x"), 2, "go together"),
     "a device alone": (("--keep-last", "1", "--device", "x"), 2, "go together"),
+    "a passphrase for nothing": (
+        ("--keep-last", "1", "--passphrase", "x"),
+        1,
+        "is not encrypted: leave out the passphrase",
+    ),
+    "a passphrase for a QEMU": (
+        ("--keep-last", "1", "--passphrase", "x", "--qmp", "x", "--device", "d"),
+        2,
+        "the running QEMU has it",
+    ),
     "no socket": (
         ("--keep-last", "1", "--qmp", "/x", "--device", "d"),
         1,
@@ -233,6 +246,82 @@ def test_where_a_name_means_another_nothing_is_deleted(tmp_path: Path, case: str
     assert ids(path) == ["1", "3"]
 
 
+SHOWS_AS = {"a": b"a\0zzzz", "a" * 255: b"a" * 256, "2": b"2\0"}
+
+
+def hidden(path: Path, name: str, what: str = "name") -> Path:
+    """An image in which QEMU takes the first snapshot, which is to be kept, for the second: it
+    shows the first one's name as ``name``, or its ID."""
+    qemu.create(path, MiB)
+    for each in ("first", name, "newest"):
+        qemu.take(path, each)
+    redate(path, {"first": 2 * DAY, name: 0, "newest": 3 * DAY})
+    if what == "name":
+        damage.rename(path, {"first": SHOWS_AS[name]})
+        return path
+    entry = damage.table_entry(path, qemu.snapshots(path)["first"].entry_offset)
+    rest = [damage.table_entry(path, at) for at, _ in entries(path)[1:]]
+    first = entry[:12] + struct.pack(">H", len(SHOWS_AS[name])) + entry[14:-6]
+    first += SHOWS_AS[name] + b"first"
+    packed = [each + bytes(-len(each) % 8) for each in (first, *rest)]
+    damage.put_table(path, 3, b"".join(packed))
+    return path
+
+
+@pytest.mark.parametrize(("name", "what"), [("a", "name"), ("a" * 255, "name"), ("2", "id")])
+def test_a_name_that_qemu_sees_less_of_is_not_taken_for_another(
+    tmp_path: Path, name: str, what: str
+) -> None:
+    path = hidden(tmp_path / "disk.qcow2", name, what)
+    before = path.read_bytes()
+    why = "comes first" if what == "name" else "its name is the ID of snapshot 'first'"
+    assert why in fails("prune", path, "--keep-last", "2")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 255])
+def test_nor_by_a_running_qemu(tmp_path: Path, name: str) -> None:
+    path = hidden(tmp_path / "disk.qcow2", name)
+    (first, _), *_ = entries(path)
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(path.read_bytes())
+    with live.running(path) as it:
+        qcow2snap("prune", path, "--keep-last", "2", "--qmp", it.qmp_socket, "--device", "disk")
+    assert ids(path) == ["1", "3"]
+    extra = int.from_bytes(qemu.peek(copy, first + 36, 4), "big")
+    qemu.patch(copy, first + 40 + extra, b"2")  # now ID and name are one another's
+    before = copy.read_bytes()
+    with live.running(copy) as it:
+        given = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "(ID 2) comes first" in fails("prune", copy, "--keep-last", "2", *given)
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["name", "id"])
+def test_what_has_a_nul_itself_is_refused(tmp_path: Path, what: str) -> None:
+    path = hidden(tmp_path / "disk.qcow2", "2", what)
+    (first, _), *_ = entries(path)
+    qemu.patch(path, first + 16, struct.pack(">I", FIRST - DAY))
+    before = path.read_bytes()
+    assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2")
+    assert path.read_bytes() == before
+    with live.running(path) as it:
+        given = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2", *given)
+    assert path.read_bytes() == before
+
+
+def test_a_name_that_is_too_long_goes_by_its_id(tmp_path: Path) -> None:
+    path = hidden(tmp_path / "disk.qcow2", "a" * 255)
+    (first, _), *_ = entries(path)
+    qemu.patch(path, first + 16, struct.pack(">I", FIRST - DAY))
+    said = fails("prune", path, "--keep-last", "2")
+    assert "which keeps only the beginning of its name or ID: a running QEMU can be told" in said
+    with live.running(path) as it:
+        qcow2snap("prune", path, "--keep-last", "2", "--qmp", it.qmp_socket, "--device", "disk")
+    assert ids(path) == ["2", "3"]
+
+
 # --- With qemu-img ---
 
 
@@ -250,6 +339,66 @@ def test_an_encrypted_image_wants_its_passphrase(tmp_path: Path, form: str) -> N
     assert len(names_of(path)) == 2
     qcow2snap("prune", path, "--keep-last", "1", "--passphrase", "open sesame")
     assert names_of(path) == ["two"]
+
+
+ONCE = """\
+#!/bin/sh
+mkdir {folder}/once 2>/dev/null && exec {qemu_img} "$@"
+echo 'no more' >&2
+exit 1
+"""
+
+
+def test_what_was_deleted_before_an_error_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("one", "two", "three"):
+        qemu.take(path, name)
+    script = tmp_path / "qemu-img"
+    script.write_text(ONCE.format(folder=tmp_path, qemu_img=shutil.which("qemu-img")))
+    script.chmod(0o755)
+    line = ("prune", path, "--keep-last", "1")
+    with monkeypatch.context() as m:
+        m.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        done = run(*line, "--json")
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    assert error.endswith("deleting snapshot 'two' (ID 2) failed: no more: 1 of 2 were deleted")
+    [found] = json.loads(done.stdout)
+    assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("one", True), ("two", False)]
+    assert found["deleted"] is False
+    assert names(path) == ["two", "three"]
+    [found] = qcow2snap_json(*line)
+    assert [(s["name"], s["deleted"]) for s in found["delete"]] == [("two", True)]
+    assert found["deleted"] is True
+
+
+@pytest.mark.parametrize("what", ["an L2 table", "another's L1 table"])
+def test_what_is_gone_although_qemu_failed_is_told(tmp_path: Path, what: str) -> None:
+    """Where a cluster is in use and has no refcount, QEMU puts its new snapshot table, and sees
+    only then that it must not: it has removed the snapshot, or lost the last one, by then."""
+    path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
+    for n, name in enumerate(("one", "two", "three")):
+        qemu.io(path, f"write -P 1 {n} 64k")
+        qemu.take(path, name)
+    redate(path, {"one": 0})
+    found = qemu.snapshots(path)
+    own = damage.l2_table(path, "one", 0)
+    cluster = own if what == "an L2 table" else found["two"].l1_table_offset
+    refcounts = qemu.field64(path, qemu.field64(path, 48))
+    qemu.patch(path, refcounts + 2 * (cluster // (64 * KiB)), b"\0\0")
+    done = run("prune", path, "--keep-last", "2", "--json")
+    (error,) = done.stderr.splitlines()
+    assert "deleting snapshot 'one' (ID 1) failed: qcow2: Marking image as corrupt" in error
+    if cluster == own:
+        assert error.endswith(": 1 of 1 were deleted")
+        assert [s["deleted"] for s in json.loads(done.stdout)[0]["delete"]] == [True]
+        assert names_of(path) == ["two", "three"]
+    else:
+        assert "snapshot 'three' (ID 3) is missing from" in error
+        assert error.endswith(": 0 of 1 were deleted")
+        assert names_of(path) == ["one", "two"]
 
 
 def names_of(path: Path) -> list[str]:
@@ -315,10 +464,10 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
         qemu.take(path, f"n{n}")
     kept = qemu.content(path, "n59")
     assert s.id == "1"
-    with running.started("prune", path, "--keep-last", "1") as process:
+    with running.started("prune", path, "--keep-last", "1", "--json") as process:
         running.until(lambda: len(names_of(path)) < 60, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=60)
     assert process.returncode == 130
     [line] = said.splitlines()
     deleted = re.fullmatch(r"qcow2snap: stopped: (\d+) of 60 snapshots were deleted", line)
@@ -327,6 +476,8 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
     assert 1 < len(left) < 60
     assert len(left) == 61 - int(deleted[1])
     assert left[-1] == "n59"
+    [found] = json.loads(out)
+    assert [s["name"] for s in found["delete"] if not s["deleted"]] == left[:-1]
     qemu.run("qemu-img", "check", "-q", path)
     assert qemu.content(path, "n59") == kept
 

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbd
@@ -26,6 +26,8 @@ from support import qemu
 from support.qemu import MiB
 from support.relay import relayed
 from support.server import ROOT
+
+from qcow2snap_core.host.qmp import FrozenGuest, QmpError
 
 TAKE = [sys.executable, "-m", "qcow2snap_core", "take"]
 
@@ -67,12 +69,16 @@ def qmp(disks: list[Path], tmp_path: Path) -> Iterator[Path]:
         yield socket_path
 
 
-class Agent:
-    """Answers as the guest's agent does, and remembers what it was asked."""
+Answers = Mapping[str, object]
 
-    def __init__(self, path: Path, fail_to_freeze: bool = False) -> None:
+
+class Agent:
+    """Answers as the guest's agent does, and remembers what it was asked; ``answers`` is what it
+    says to some commands instead, as JSON or lines."""
+
+    def __init__(self, path: Path, answers: Answers | None = None) -> None:
         self.asked: list[str] = []
-        self._fail = fail_to_freeze
+        self._answers = answers or {}
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(path))
         self._server.listen()
@@ -81,22 +87,46 @@ class Agent:
 
     def _serve(self) -> None:
         client, _ = self._server.accept()
-        with client, client.makefile("rw") as lines:
+        with client, suppress(OSError), client.makefile("rw") as lines:
             for line in lines:
                 request = json.loads(line)
                 command = request["execute"]
                 self.asked.append(command)
-                answer: dict[str, object] = {"return": 1}
+                answer: object = {"return": 1}
                 if command == "guest-sync":
                     answer = {"return": request["arguments"]["id"]}
-                elif command.endswith("freeze") and self._fail:
-                    answer = {"error": {"class": "GenericError", "desc": "fs is busy"}}
-                lines.write(json.dumps(answer) + "\n")
-                lines.flush()
+                answer = self._answers.get(command, answer)
+                for each in answer if isinstance(answer, Iterator) else [answer]:
+                    lines.write(each if isinstance(each, str) else json.dumps(each) + "\n")
+                    lines.flush()
 
     def close(self) -> None:
         self._server.close()
         self._thread.join(10)
+
+
+@contextmanager
+def false_qemu(path: Path, replies: Answers) -> Iterator[None]:
+    """Something that greets as QEMU does and answers this; at any other command it closes."""
+
+    def serve() -> None:
+        client, _ = server.accept()
+        with client, client.makefile("rw") as lines:
+            print('{"QMP": {}}', file=lines, flush=True)
+            for line in lines:
+                command = json.loads(line)["execute"]
+                if command not in left or not left[command]:
+                    return
+                print(json.dumps({"return": left[command].pop(0)}), file=lines, flush=True)
+
+    left = {k: list(v) if isinstance(v, tuple) else [v] * 9 for k, v in replies.items()}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        thread.join(20)
 
 
 def take(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -251,7 +281,7 @@ def test_the_guest_is_thawed_when_qemu_refuses(qmp: Path, tmp_path: Path) -> Non
 def test_a_guest_that_does_not_freeze_is_thawed_and_gets_no_snapshot(
     qmp: Path, disks: list[Path], tmp_path: Path
 ) -> None:
-    agent = Agent(tmp_path / "agent", fail_to_freeze=True)
+    agent = Agent(tmp_path / "agent", {"guest-fsfreeze-freeze": refused("fs is busy")})
     line = take("--qmp", qmp, "--device", "d0", "--agent", tmp_path / "agent", "x", status=1).stderr
     agent.close()
     assert "fs is busy" in line
@@ -259,13 +289,24 @@ def test_a_guest_that_does_not_freeze_is_thawed_and_gets_no_snapshot(
     assert qemu.snapshots(disks[0]) == {}
 
 
+def refused(why: str) -> dict[str, object]:
+    return {"error": {"class": "GenericError", "desc": why}}
+
+
+NODES = [{"node-name": "d0", "drv": "qcow2", "image": {"filename": "/d0.qcow2"}}]
+THERE: Answers = {"qmp_capabilities": {}, "query-named-block-nodes": NODES, "query-block": []}
+
+
+@pytest.mark.parametrize("thaws", [True, False])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_guest_is_thawed_when_interrupted(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_guest_is_thawed_when_interrupted(
+    tmp_path: Path, number: signal.Signals, thaws: bool
+) -> None:
     """A QEMU that never answers the snapshot command, as one that drains a stuck disk."""
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(tmp_path / "qmp"))
     server.listen()
-    agent = Agent(tmp_path / "agent")
+    agent = Agent(tmp_path / "agent", {} if thaws else {"guest-fsfreeze-thaw": refused("stuck")})
     process = subprocess.Popen(
         [*TAKE, "--qmp", f"{tmp_path}/qmp", "--device", "d0", "--agent", f"{tmp_path}/agent", "x"],
         cwd=ROOT,
@@ -273,16 +314,14 @@ def test_the_guest_is_thawed_when_interrupted(tmp_path: Path, number: signal.Sig
         text=True,
     )
     client, _ = server.accept()
-    nodes = [{"node-name": "d0", "drv": "qcow2", "image": {"filename": "/d0.qcow2"}}]
-    replies = {"qmp_capabilities": {}, "query-named-block-nodes": nodes, "query-block": []}
     with client, client.makefile("rw") as lines:
         lines.write('{"QMP": {}}\n')
         lines.flush()
         for line in lines:
             command = json.loads(line)["execute"]
-            if command not in replies:
+            if command not in THERE:
                 break
-            lines.write(json.dumps({"return": replies[command]}) + "\n")
+            lines.write(json.dumps({"return": THERE[command]}) + "\n")
             lines.flush()
         assert agent.asked[-1] == "guest-fsfreeze-freeze"
         process.send_signal(number)
@@ -290,8 +329,88 @@ def test_the_guest_is_thawed_when_interrupted(tmp_path: Path, number: signal.Sig
     server.close()
     agent.close()
     assert process.returncode == 128 + number
-    assert said == ""
+    not_thawed = "qcow2snap: the guest was not thawed: guest-fsfreeze-thaw: stuck\n"
+    assert said == ("" if thaws else not_thawed)
     assert agent.asked[-1] == "guest-fsfreeze-thaw"
+
+
+def test_a_guest_that_is_not_thawed_is_told_with_the_command(
+    qmp: Path, disks: list[Path], tmp_path: Path
+) -> None:
+    agent = Agent(tmp_path / "agent", {"guest-fsfreeze-thaw": refused("stuck")})
+    given = ("--qmp", qmp, "--device", "d0", "--agent", tmp_path / "agent")
+    done = take(*given, "x", status=1)
+    agent.close()
+    assert done.stderr == (
+        "qcow2snap: the snapshot 'x' was taken, but the guest was not thawed: "
+        "guest-fsfreeze-thaw: stuck\n"
+    )
+    assert read_through(done.stdout) == qemu.content(disks[0], "x")
+    (tmp_path / "agent").unlink()
+    agent = Agent(tmp_path / "agent", {"guest-fsfreeze-thaw": refused("stuck")})
+    (line,) = take(*given, "x", status=1).stderr.splitlines()
+    agent.close()
+    assert "already exists" in line
+    assert line.endswith("; the guest was not thawed: guest-fsfreeze-thaw: stuck")
+
+
+def test_a_qemu_that_ends_behind_the_snapshot(tmp_path: Path) -> None:
+    replies = THERE | {"query-named-block-nodes": (NODES,), "blockdev-snapshot-internal-sync": {}}
+    with false_qemu(tmp_path / "qmp", replies):
+        said = take("--qmp", tmp_path / "qmp", "--device", "d0", "x").stderr
+    assert said == (
+        "qcow2snap: the snapshot 'x' of 'd0' was taken, but where QEMU has '/d0.qcow2' is not "
+        f"known: '{tmp_path}/qmp' was closed by the other side\n"
+    )
+
+
+FORGED = "no\nqcow2snap: all is well\x1b[2J"
+ODD_ERRORS = {
+    "lines": (refused(FORGED), r"no\nqcow2snap: all is well\x1b[2J"),
+    "a number": ({"error": 5}, "5"),
+    "no reason": ({"error": {}}, "{}"),
+    "a reason that is none": ({"error": {"desc": ["\n"]}}, r"['\n']"),
+    "too deep": ("[" * 100_000 + "\n", "does not speak JSON"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ERRORS)
+def test_what_a_guest_says_is_one_line(qmp: Path, tmp_path: Path, case: str) -> None:
+    answer, said = ODD_ERRORS[case]
+    agent = Agent(tmp_path / "agent", {"guest-fsfreeze-freeze": answer})
+    done = take("--qmp", qmp, "--device", "d0", "--agent", tmp_path / "agent", "x", status=1)
+    agent.close()
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert line.isprintable()
+    assert agent.asked[-1] == "guest-fsfreeze-thaw"
+
+
+@pytest.mark.parametrize("command", ["guest-sync", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"])
+def test_a_guest_that_talks_for_ever_does_not_answer(tmp_path: Path, command: str) -> None:
+    def talk() -> Iterator[object]:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            yield {"event": "talk"}
+            time.sleep(0.01)
+
+    agent = Agent(tmp_path / "agent", {command: talk()})
+    begun = time.monotonic()
+    with pytest.raises(QmpError, match="does not answer"), FrozenGuest(f"{tmp_path}/agent", 0.5):
+        pass
+    assert time.monotonic() - begun < 4
+    agent.close()
+
+
+def test_what_qemu_says_of_its_nodes_is_one_line(tmp_path: Path) -> None:
+    nodes = [*NODES, {"node-name": "a\nb", "drv": "qcow2"}, {"node-name": "c", "drv": "x\x1b[2J"}]
+    with false_qemu(tmp_path / "qmp", THERE | {"query-named-block-nodes": nodes}):
+        said = take("--qmp", tmp_path / "qmp", "--device", "d1", "x", status=1).stderr
+    assert said.endswith(r"its qcow2 ones are a\nb, d0" + "\n")
+    (tmp_path / "qmp").unlink()
+    with false_qemu(tmp_path / "qmp", THERE | {"query-named-block-nodes": nodes}):
+        said = take("--qmp", tmp_path / "qmp", "--device", "c", "x", status=1).stderr
+    assert r"device 'c' is x\x1b[2J, not qcow2" in said
 
 
 def test_a_machine_s_device_has_no_node_name_of_its_own(disks: list[Path], tmp_path: Path) -> None:

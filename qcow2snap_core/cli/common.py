@@ -121,7 +121,7 @@ def ensure_not_source(target: str, file: str) -> None:
     to replace it, would be bad advice."""
     with suppress(OSError, ValueError):
         if os.path.samefile(target, file):
-            raise UsageError(f"{shown(target)} is the image that is read: give another target")
+            raise UsageError(f"{shown(target)} is {shown(file)}, which is being copied")
 
 
 def disk_named(image: Image, name: str) -> Disk:

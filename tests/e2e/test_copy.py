@@ -119,7 +119,7 @@ def test_a_server_that_fails_is_one_line(image: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "the image itself": ("disk.qcow2", "is the image that is read"),
+    "the image itself": ("disk.qcow2", "which is being copied"),
     "a directory": (
         "directory",
         "is a directory: give a file, a block device, a FIFO or an NBD URI",

@@ -404,7 +404,7 @@ def test_targets_and_snapshots(image: Path) -> None:
     assert "has no VM state" in command.fails("memory", image, "disk only", out)
     out.write_bytes(b"mine")
     assert "add --force to replace it" in command.fails("memory", image, "live", out)
-    assert "is the image that is read" in command.fails("memory", image, "live", image, "--force")
+    assert "which is being copied" in command.fails("memory", image, "live", image, "--force")
     assert command.run("memory", image, "live", out, "--force").returncode == 0
     assert out.read_bytes() == b"".join(CONTENT)
 

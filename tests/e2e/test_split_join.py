@@ -269,7 +269,7 @@ def test_out_must_not_be_a_layer(tmp_path: Path) -> None:
     qemu.create(tmp_path / "base.qcow2", SIZE)
     top = qemu.create(tmp_path / "top.qcow2", SIZE, backing=("base.qcow2", "qcow2"))
     assert "being copied" in command.fails("join", "--force", top, tmp_path / "base.qcow2")
-    assert "is the image that is read" in command.fails("join", "--force", top, top)
+    assert "which is being copied" in command.fails("join", "--force", top, top)
 
 
 # --- There and back ---

@@ -84,7 +84,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
     parser.add_argument("target", metavar="TARGET", help="a path, an NBD URI, or -")
     add_no_verify(parser)
-    parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 

@@ -43,7 +43,6 @@ def arguments(parser: Parser) -> None:
     )
     parser.add_argument("directory", metavar="DIR", help="an existing directory")
     add_guest_options(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,7 +33,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_force(parser, "replace OUT if it is a file that is there")
     add_no_verify(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
-from ..errors import UsageError, escaped
+from ..errors import UsageError, escaped, shown
 from ..files.volumes import How, described, parts, whole
 from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
@@ -28,7 +28,7 @@ from ..util.interrupts import deferred
 from .common import open_from
 from .guest import add_guest_options
 from .parser import Parser
-from .streams import OutputLost, say
+from .streams import OutputLost, say, warn
 
 HELP = "show all snapshots, one as a raw disk, or its files, in a directory"
 EXAMPLE = "qcow2snap mount disk.qcow2 /mnt/snapshots"
@@ -90,4 +90,15 @@ def _show_all(image: Image, args: argparse.Namespace) -> None:
         if e.name != "pyfuse3":
             raise
         raise missing("pyfuse3", "python3-pyfuse3, or name a SNAPSHOT, which needs none") from e
-    mount_all(image, args.directory, How(args.backend, args.ignore_journal), _ready, say)
+    table = image.table()
+
+    def ready(path: str) -> None:
+        if table.damage:
+            damage = f"{shown(image.path)}: the snapshot table is damaged: {table.damage}"
+            warn(f"{damage}: what could be read of it is shown")
+        elif not table.snapshots:
+            why = f": {table.note}" if table.note else " yet: those that will be taken are shown"
+            say(f"{shown(image.path)} has no snapshots{why}")
+        _ready(path)
+
+    mount_all(image, args.directory, How(args.backend, args.ignore_journal), ready, say)

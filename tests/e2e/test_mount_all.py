@@ -589,6 +589,18 @@ def test_options_stand_anywhere(tmp_path: Path, where: Path, image: Path, place:
     assert "no snapshot 'none'" in command.fails("mount", *words)
 
 
+@pytest.mark.parametrize("limit", [8, 12, 16])
+def test_too_few_descriptors_are_one_line(image: Path, where: Path, limit: int) -> None:
+    script = f'ulimit -n {limit}; exec "$@" 2>&1'
+    command_line = [sys.executable, "-m", "qcow2snap_core", "mount", image, where]
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *command_line], stdout=subprocess.PIPE, check=False, cwd=ROOT
+    )
+    (line,) = done.stdout.decode().splitlines()
+    assert done.returncode == 1
+    assert "too many open files: a mount needs " in line
+
+
 def test_without_the_library_it_says_what_to_install(
     image: Path, where: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

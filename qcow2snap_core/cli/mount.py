@@ -68,19 +68,23 @@ def _show_one(image: Image, args: argparse.Namespace) -> None:
     show = mount_filesystem if args.filesystem else mount
     snapshot = choose(image.table(), Choice(args.snapshot), image.path)
     disk = image.disk(snapshot)
-    _check_partition(disk, args.partition, args.filesystem)
-    show(image, snapshot, args.directory, args.partition, _ready)
+    show(image, snapshot, args.directory, _partition(disk, args), _ready)
 
 
-def _check_partition(disk: Disk, number: int | None, filesystem: bool) -> None:
-    """Raises UsageError with what there is; nbdkit's partition filter would not say it."""
-    if number is None and not filesystem:
-        return
+def _partition(disk: Disk, args: argparse.Namespace) -> int | None:
+    """The one that is meant: of a filesystem the only one, if none is named.  Raises UsageError with
+    what there is; nbdkit's partition filter would not say it."""
+    number: int | None = args.partition
+    if number is None and not args.filesystem:
+        return None
     found = parts(whole(disk))
+    if number is None and len(found) == 1:
+        return found[0].number
     if found and number not in {part.number for part in found}:
         raise UsageError(described("--partition ", found))
     if number is not None and not found:
         raise UsageError("this disk has no partitions: leave out --partition")
+    return number
 
 
 def _show_all(image: Image, args: argparse.Namespace) -> None:

@@ -72,8 +72,8 @@ def _show_one(image: Image, args: argparse.Namespace) -> None:
 
 
 def _partition(disk: Disk, args: argparse.Namespace) -> int | None:
-    """The one that is meant: of a filesystem the only one, if none is named.  Raises UsageError with
-    what there is; nbdkit's partition filter would not say it."""
+    """The one that is meant: the only one, if a filesystem is asked for and none is named.  Raises
+    UsageError with what there is; nbdkit's partition filter would not say it."""
     number: int | None = args.partition
     if number is None and not args.filesystem:
         return None

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import damage, qemu
+from support import command, damage, qemu
 from support.qemu import MiB
 from support.running import eventually
 from support.server import ROOT
@@ -80,6 +80,14 @@ def test_what_cannot_be_is_one_line(image: Path, tmp_path: Path, line: str, expe
 
 def test_nothing_is_said_of_a_reader_who_has_enough(image: Path) -> None:
     _, said = shell('$Q $1 s - | head -c 1 >/dev/null; exit "${PIPESTATUS[0]}"', image, status=1)
+    assert said == ""
+
+
+def test_nor_by_restore(image: Path, tmp_path: Path) -> None:
+    command.qcow2snap("backup", image, tmp_path / "backups")
+    restore = '${Q%copy}restore --snapshot s "$1" -'
+    line = f'{restore} | head -c 1 >/dev/null; exit "${{PIPESTATUS[0]}}"'
+    _, said = shell(line, tmp_path / "backups", status=1)
     assert said == ""
 
 

@@ -21,8 +21,9 @@ from ..errors import Error, ImageError, UsageError, escaped, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot, date
 from ..host.delete import Deleter, delete, ensure_deletable
+from ..host.domains import ensure_not_known, is_domain, virsh_word
 from ..host.qmp import Qmp
-from ..host.quiet import QuietImage
+from ..host.quiet import THROUGH_QMP, QuietImage
 from ..host.running import RunningQemu
 from ..image.image import Image
 from ..tables.keep import ALL, Policy, parse_duration, reasons_to_keep
@@ -122,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
             _print(plan, args.dry_run)
         try:
             if plan.doomed and not args.dry_run:
+                if is_domain(args.file):
+                    ensure_not_known(args.file, [s.name for s in plan.doomed])
                 with deferred(), _deleter(args, image) as by:
                     ensure_deletable(by, plan.there, plan.doomed)
                     _delete(image, plan.doomed, by, gone)
@@ -160,7 +163,14 @@ def _deleter(args: argparse.Namespace, image: Image) -> Iterator[Deleter]:
                 f"passphrase: add {COMMAND.passphrase(0)}"
             )
         passphrase = read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
-    yield QuietImage(image, passphrase)
+    yield QuietImage(image, passphrase, _instead(args.file))
+
+
+def _instead(file: str) -> str:
+    """What can be done where a QEMU uses the image: libvirt keeps that one's QMP socket."""
+    if not is_domain(file):
+        return THROUGH_QMP
+    return f"shut the virtual machine down first, with virsh shutdown {virsh_word(file)}"
 
 
 def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Snapshot]) -> None:

@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -119,19 +119,17 @@ def run(args: argparse.Namespace) -> int:
         if args.passphrase_0 is not None and image.header.crypt_method == q.CRYPT_NONE:
             raise UsageError(f"{shown(image.path)} is not encrypted: leave out the passphrase")
         plan = _Plan(image, policy, args.match)
-        if not args.json:
-            _print(plan, args.dry_run)
-        try:
-            if plan.doomed and not args.dry_run:
-                if is_domain(args.file):
-                    ensure_not_known(args.file, [s.name for s in plan.doomed])
-                with deferred(), _deleter(args, image) as by:
-                    ensure_deletable(by, plan.there, plan.doomed)
+        if not plan.doomed or args.dry_run:
+            _print(plan, args)
+        else:
+            with deferred(), _deleter(args, image, plan) as by:
+                _print(plan, args)
+                try:
                     _delete(image, plan.doomed, by, gone)
-        except (Error, Interrupted):
-            if args.json and gone:
-                print_json([_object(plan, args.dry_run, gone)])
-            raise
+                except (Error, Interrupted):
+                    if args.json and gone:
+                        print_json([_object(plan, args.dry_run, gone)])
+                    raise
     if args.json:
         print_json([_object(plan, args.dry_run, gone)])
     return 0
@@ -150,20 +148,29 @@ def _policy(args: argparse.Namespace) -> Policy:
 
 
 @contextmanager
-def _deleter(args: argparse.Namespace, image: Image) -> Iterator[Deleter]:
-    if args.qmp is not None:
-        with Qmp(args.qmp) as qemu:
-            yield RunningQemu(qemu, image, args.device)
-        return
-    passphrase = None
-    if image.header.crypt_method != q.CRYPT_NONE:
-        if args.passphrase_0 is None:
-            raise UsageError(
-                f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
-                f"passphrase: add {COMMAND.passphrase(0)}"
-            )
-        passphrase = read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
-    yield QuietImage(image, passphrase, _instead(args.file))
+def _deleter(args: argparse.Namespace, image: Image, plan: _Plan) -> Iterator[Deleter]:
+    """The QEMU that is to delete them, when nothing is known that hinders it."""
+    if is_domain(args.file):
+        ensure_not_known(args.file, [s.name for s in plan.doomed])
+    with ExitStack() as stack:
+        by: Deleter
+        if args.qmp is not None:
+            by = RunningQemu(stack.enter_context(Qmp(args.qmp)), image, args.device)
+        else:
+            by = QuietImage(image, _passphrase(args, image), _instead(args.file))
+        ensure_deletable(by, plan.there, plan.doomed)
+        yield by
+
+
+def _passphrase(args: argparse.Namespace, image: Image) -> bytes | None:
+    if image.header.crypt_method == q.CRYPT_NONE:
+        return None
+    if args.passphrase_0 is None:
+        raise UsageError(
+            f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
+            f"passphrase: add {COMMAND.passphrase(0)}"
+        )
+    return read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
 
 
 def _instead(file: str) -> str:
@@ -187,7 +194,9 @@ def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Sn
         raise
 
 
-def _print(plan: _Plan, dry_run: bool) -> None:
+def _print(plan: _Plan, args: argparse.Namespace) -> None:
+    if args.json:
+        return
     kept: list[Sequence[str]] = []
     for s, why in plan.considered:
         kept += [(*_row(s), first) for first in why[:1]]
@@ -198,7 +207,7 @@ def _print(plan: _Plan, dry_run: bool) -> None:
     if not plan.doomed:
         print("there is nothing to delete")
         return
-    what = "would delete" if dry_run else "delete"
+    what = "would delete" if args.dry_run else "delete"
     state = f", {binary(plan.freed.vm_state)} of it VM state" if plan.freed.vm_state else ""
     frees = f"frees {binary(plan.freed.size)}{state}"
     print(f"{what} {counted(len(plan.doomed), 'snapshot')}, which {frees}:")

@@ -41,7 +41,7 @@ class QuietImage:
         self, image: Image, passphrase: bytes | None = None, instead: str = THROUGH_QMP
     ) -> None:
         """``instead`` is what can be done where a QEMU uses the image.  Raises UsageError when one
-        does, or the image is not here."""
+        does, or the image is not here or not to be written by us."""
         if is_uri(image.path):
             raise UsageError(f"{shown(image.path)} is remote: run this where the file is")
         if image.header.has_data_file:  # qemu-img would open whatever name it has
@@ -52,6 +52,11 @@ class QuietImage:
         self._passphrase = passphrase
         self._instead = instead
         self._ensure_quiet()
+        if not os.access(image.storage.absolute, os.W_OK):
+            raise UsageError(
+                f"{shown(image.path)} may not be written, as deleting does: run this as a user who "
+                f"may"
+            )
 
     def ensure_exact(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
         ensure_named(there, snapshot, ": a running QEMU can be told (--qmp)")

@@ -13,11 +13,12 @@ import signal
 import struct
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from support import damage, live, qemu, running, secret
-from support.command import fails, on_terminal, qcow2snap, qcow2snap_json, run
+from support.command import as_nobody, fails, on_terminal, qcow2snap, qcow2snap_json, run
 from support.devices import loop_device
 from support.qemu import KiB, MiB
 from support.refcounts import allocated
@@ -447,6 +448,20 @@ def test_an_image_elsewhere_is_refused(disk: Path) -> None:
     with remote("file", disk) as server:
         assert "is remote: run this where the file is" in refused(server.uri, "--keep-last", "1")
         assert "would delete 9" in qcow2snap("prune", server.uri, "--keep-last", "1", "--dry-run")
+
+
+def test_who_may_not_write_it_deletes_nothing(made: Path) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        disk = Path(folder, "disk.qcow2")
+        disk.write_bytes(made.read_bytes())
+        disk.chmod(0o644)
+        done = as_nobody("prune", disk, "--keep-last", "1")
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        may_not = f"'{disk}' may not be written, as deleting does: run this as a user who may"
+        assert line == f"qcow2snap: {may_not}"
+        assert len(names(disk)) == 10
 
 
 def test_a_damaged_image_is_left_alone(disk: Path) -> None:

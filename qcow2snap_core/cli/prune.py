@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         plan = _Plan(image, policy, args.match)
         if not plan.doomed or args.dry_run:
             _print(plan, args)
+            if plan.doomed:
+                _tell_what_hinders(args, image, plan)
         else:
             with deferred(), _deleter(args, image, plan) as by:
                 _print(plan, args)
@@ -162,6 +164,14 @@ def _deleter(args: argparse.Namespace, image: Image, plan: _Plan) -> Iterator[De
         yield by
 
 
+def _tell_what_hinders(args: argparse.Namespace, image: Image, plan: _Plan) -> None:
+    try:
+        with deferred(), _deleter(args, image, plan):
+            pass
+    except Error as e:
+        say(f"without --dry-run this would fail: {e}")
+
+
 def _passphrase(args: argparse.Namespace, image: Image) -> bytes | None:
     if image.header.crypt_method == q.CRYPT_NONE:
         return None
@@ -170,6 +180,8 @@ def _passphrase(args: argparse.Namespace, image: Image) -> bytes | None:
             f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
             f"passphrase: add {COMMAND.passphrase(0)}"
         )
+    if args.dry_run:  # nobody is to type it for nothing
+        return None
     return read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
 
 

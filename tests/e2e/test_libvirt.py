@@ -154,6 +154,11 @@ def test_what_libvirt_has_taken_libvirt_deletes(vm_one: tuple[Any, Path]) -> Non
     said = command.fails(*PRUNE)
     hint = "delete it with virsh snapshot-delete 'vm one' "
     assert said.endswith(f"libvirt knows 'full' (and 1 more of these): {hint}full")
+    done = command.run(*PRUNE, "--dry-run")
+    assert done.returncode == 0
+    assert done.stderr.endswith(
+        f"would fail: libvirt knows 'full' (and 1 more of these): {hint}full\n"
+    )
     said = command.fails(*PRUNE, "--match", "two*", "--match", "other")
     assert said.endswith(f"libvirt knows 'two words': {hint}'two words'")
     assert path.read_bytes() == before

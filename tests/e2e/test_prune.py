@@ -71,6 +71,16 @@ def refused(*arguments: object) -> str:
     return line
 
 
+def would(*arguments: object) -> tuple[str, str]:
+    """What a dry run prints, and the line with which the real one would fail."""
+    done = run("prune", *arguments, "--dry-run")
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    before = "qcow2snap: without --dry-run this would fail: "
+    assert line.startswith(before)
+    return done.stdout, line.replace(before, "qcow2snap: ")
+
+
 NEWEST = ["evening-4", "morning-5", "evening-5"]
 EVENINGS = [f"evening-{n}" for n in range(1, 6)]
 
@@ -447,7 +457,9 @@ def test_a_block_device(disk: Path, tmp_path: Path) -> None:
 def test_an_image_elsewhere_is_refused(disk: Path) -> None:
     with remote("file", disk) as server:
         assert "is remote: run this where the file is" in refused(server.uri, "--keep-last", "1")
-        assert "would delete 9" in qcow2snap("prune", server.uri, "--keep-last", "1", "--dry-run")
+        told, hindered = would(server.uri, "--keep-last", "1")
+        assert "would delete 9" in told
+        assert "is remote: run this where the file is" in hindered
 
 
 def test_who_may_not_write_it_deletes_nothing(made: Path) -> None:
@@ -513,11 +525,17 @@ def test_a_running_qemu_has_to_do_it(disk: Path) -> None:
         said = refused(disk, *RULES)
         assert "is in use, a QEMU has it open for writing: add --qmp SOCKET --device NODE" in said
         assert len(names(disk)) == 10
-        assert qcow2snap("prune", disk, *RULES, "--dry-run") == TOLD.format("would delete")
+        told, hindered = would(disk, *RULES)
+        assert told == TOLD.format("would delete")
+        assert hindered == said
+        told, hindered = would(disk, *RULES, "--qmp", it.qmp_socket, "--device", "vda")
+        assert told == TOLD.format("would delete")
+        assert "its qcow2 ones are disk" in hindered
         with it.guest() as guest:
             guest.pwrite(b"new" * 100, 0)
         it.take("now")
         through = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "would delete" in qcow2snap("prune", disk, *RULES, *through, "--dry-run")
         out = qcow2snap("prune", disk, "--match", "*-*", *RULES, *through)
         assert out == TOLD.format("delete")
         with it.guest() as guest:

@@ -130,10 +130,10 @@ def run(args: argparse.Namespace) -> int:
                     _delete(image, plan.doomed, by, gone)
                 except (Error, Interrupted):
                     if args.json and gone:
-                        print_json([_object(plan, args.dry_run, gone)])
+                        print_json([_object(plan, gone)])
                     raise
     if args.json:
-        print_json([_object(plan, args.dry_run, gone)])
+        print_json([_object(plan, gone)])
     return 0
 
 
@@ -237,7 +237,7 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
     sys.stdout.flush()
 
 
-def _object(plan: _Plan, dry_run: bool, gone: Sequence[Snapshot]) -> dict[str, Any]:
+def _object(plan: _Plan, gone: Sequence[Snapshot]) -> dict[str, Any]:
     deleted = {s.identity for s in gone}
     return {
         "keep": [_snapshot(s) | {"reasons": list(why)} for s, why in plan.considered if why],
@@ -245,7 +245,7 @@ def _object(plan: _Plan, dry_run: bool, gone: Sequence[Snapshot]) -> dict[str, A
         "freed-size": plan.freed.size,
         "freed-disk-size": plan.freed.disk,
         "freed-vm-state-size": plan.freed.vm_state,
-        "deleted": not dry_run and len(gone) == len(plan.doomed),
+        "deleted": bool(gone) and len(gone) == len(plan.doomed),
     }
 
 

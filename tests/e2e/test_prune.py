@@ -140,7 +140,7 @@ def test_what_was_told_is_done_and_the_others_are_as_they_were(disk: Path) -> No
     said = qcow2snap("prune", disk, *RULES)
     assert said.endswith("there is nothing to delete\n")
     [found] = qcow2snap_json("prune", disk, *RULES)
-    assert (found["delete"], found["freed-size"]) == ([], 0)
+    assert (found["delete"], found["freed-size"], found["deleted"]) == ([], 0, False)
 
 
 def test_what_has_another_name_is_left_alone(disk: Path) -> None:

@@ -4,8 +4,9 @@ keeps is kept.
 
 QEMU does the deleting: the one that has the image open, through --qmp and --device, or qemu-img
 where nobody uses the image. Each deletion is looked up in the file; Ctrl-C stops before the next
-one. With --dry-run it is only told what would be kept and why, what would be deleted, and how much
-space that frees."""
+one. With --dry-run it is only told what would be kept and why, what would be deleted, how much
+space that frees, and what hinders it. What libvirt knows of libvirt:DOMAIN is left to virsh
+snapshot-delete."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The command ``qcow2snap``: one module per sub-command, each thin.
 
 A command module has ``HELP`` (a line), ``EXAMPLE`` (a command that works), ``arguments`` (adds
-them to its parser) and ``run`` (does it and returns the exit status).  This file only finds the
+them to its parser) and ``run`` (does it and returns the exit status; ``args.usage_error`` ends it
+with a line and the status of those).  This file only finds the
 module, and turns errors into one line and a status: 0 done, 1 an error, 2 a usage error, 3 what
 ``check`` found, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
@@ -150,5 +151,6 @@ def whole_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.arguments(command)
-        command.set_defaults(run=module.run, parsers=commands.choices, whole=parser)
+        command.set_defaults(run=module.run, usage_error=command.error)
+        command.set_defaults(parsers=commands.choices, whole=parser)
     return parser

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ..errors import UsageError, shown
 from ..format.choosing import Choice, choose
 from ..format.snapshots import Snapshot
-from ..host.domains import image_of
+from ..host.domains import image_of, is_domain
 from ..image.disk import Disk
 from ..image.extents import ALLOCATED, HOLE_ZERO, Extent
 from ..image.image import Image
@@ -22,8 +22,8 @@ from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
 from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
-from ..util.units import parse_seconds
 from ..util.wording import COMMAND, passphrase_key
+from .parser import SECONDS
 
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
@@ -64,6 +64,8 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--remote-timeout",
+        type=SECONDS,
+        default=Options().remote_timeout,
         metavar="SECONDS",
         help="give up when an NBD server is silent for so long; default: 30",
     )
@@ -96,12 +98,12 @@ def open_from(
 
     Raises as :func:`.open_image` and :func:`.image_of`.
     """
+    check_disk(args)
     passphrases = {}
     for name, value in vars(args).items():
         if name.startswith("passphrase_") and value is not None and data:
             layer = int(name.removeprefix("passphrase_"))
             passphrases[layer] = read_passphrase(passphrase_key(layer), value, COMMAND)
-    timeout = args.remote_timeout
     options = Options(
         tuple(args.allow_dir),
         args.backing_format,
@@ -109,11 +111,17 @@ def open_from(
         data=data,
         layers=layers,
         allow_files=tuple(args.allow_file),
-        remote_timeout=Options().remote_timeout if timeout is None else parse_seconds(timeout),
+        remote_timeout=args.remote_timeout,
         words=COMMAND,
         slice_bytes=slice_bytes,
     )
     return open_image(image_of(args.file, args.disk), options)
+
+
+def check_disk(args: argparse.Namespace) -> None:
+    """A usage error where --disk has nothing to choose from."""
+    if args.disk is not None and not is_domain(args.file):
+        args.usage_error("--disk goes with libvirt:DOMAIN")
 
 
 def ensure_not_source(target: str, file: str) -> None:

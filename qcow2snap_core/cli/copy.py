@@ -19,6 +19,7 @@ there and has a line in MAP, in the format of GNU ddrescue; the status is then 1
 from __future__ import annotations
 
 import argparse
+import errno
 
 from ..errors import UsageError, shown
 from ..format.ondisk import SECTOR
@@ -32,6 +33,7 @@ from ..transfer.destinations import FORMATS, form_of, new_copy, update
 from ..transfer.judge import STANDARD_OUTPUT
 from ..transfer.salvage import Salvage
 from ..transfer.salvaged import SalvagedFile
+from ..transfer.streams import ReaderGone
 from ..transfer.updates import Base
 from ..util.interrupts import deferred
 from ..util.units import binary, counted
@@ -44,7 +46,7 @@ from .common import (
     open_from,
     saved_named,
 )
-from .streams import OUTPUT_NAMES, say, warn
+from .streams import OUTPUT_NAMES, OutputLost, say, warn
 
 HELP = "copy a snapshot, or what changed since an older one"
 EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
@@ -84,7 +86,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
     parser.add_argument("target", metavar="TARGET", help="a path, an NBD URI, or -")
     add_no_verify(parser)
-    parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 
@@ -104,7 +105,10 @@ def run(args: argparse.Namespace) -> int:
         since = None if args.since is None else disk_named(image, args.since)
         if vm_state and since is not None:
             raise UsageError("a VM state has nothing that it changed since: leave out --since")
-        done = copy(image, new, to, warn, since, verify=args.verify, vm_state=vm_state)
+        try:
+            done = copy(image, new, to, warn, since, verify=args.verify, vm_state=vm_state)
+        except ReaderGone as e:
+            raise OutputLost(errno.EPIPE, str(e)) from e
     if target != STANDARD_OUTPUT:
         print(f"{without_secrets(target)}: {done}")
     return 0

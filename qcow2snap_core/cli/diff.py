@@ -28,7 +28,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON array")
     parser.add_argument("--files", action="store_true", help="list the files that changed")
     parser.add_argument("--content", action="store_true", help="compare each file's content")
-    parser.set_defaults(usage_error=parser.error)
     add_guest_options(parser)
 
 

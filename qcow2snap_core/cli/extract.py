@@ -15,9 +15,10 @@ from ..files.extract import Limits, extract
 from ..files.tree import MOST_ENTRIES, find
 from ..transfer.judge import ensure_writable
 from ..util.interrupts import deferred
-from ..util.units import binary, counted, parse_size
+from ..util.units import binary, counted
 from .common import open_from
 from .guest import add_guest_options, add_place, filesystem, guest_path
+from .parser import SIZE
 from .streams import say
 
 HELP = "write files in a snapshot into a directory"
@@ -33,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-files", metavar="N", type=int, default=MOST_ENTRIES, help="give up beyond so many"
     )
     parser.add_argument(
-        "--max-bytes", metavar="SIZE", help="give up beyond it; default: what is free"
+        "--max-bytes", metavar="SIZE", type=SIZE, help="give up beyond it; default: what is free"
     )
     add_guest_options(parser)
 
@@ -41,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     limits = Limits(args.max_files, force=args.force)
     if args.max_bytes is not None:
-        limits = limits._replace(bytes=parse_size(args.max_bytes))
+        limits = limits._replace(bytes=args.max_bytes)
     path = guest_path(args.path)
     parts = [part for part in path.split(b"/") if part not in (b"", b".")]
     name = guest_path(args.name) if args.name is not None else parts[-1] if parts else b"root"

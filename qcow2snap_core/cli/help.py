@@ -10,7 +10,6 @@ EXAMPLE = "qcow2snap help copy"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", metavar="COMMAND", nargs="?", help="without, all of them")
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

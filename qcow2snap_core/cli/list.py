@@ -32,7 +32,7 @@ from ..tables.findings import ACTIVE
 from ..tables.sharing import picture
 from ..tables.space import Freed, exclusive_sizes, freed_together
 from ..util.units import binary
-from .common import add_image_options, open_from, print_json
+from .common import add_image_options, check_disk, open_from, print_json
 from .drawing import text
 from .streams import say
 from .text import cut, fitted, print_table, terminal_width
@@ -62,7 +62,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
     parser.add_argument("--wide", action="store_true", help="all columns, and names in full")
-    parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 
@@ -71,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--json goes without --tree and --names")
     if args.wide and (args.json or args.tree or args.names or args.free):
         args.usage_error("--wide goes with the plain list")
+    check_disk(args)
     if os.path.isdir(args.file):
         if args.tree or args.names or args.free or args.wide:
             args.usage_error("of a repository there is the plain list, and --json")

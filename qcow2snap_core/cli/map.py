@@ -42,7 +42,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="one JSON array")
     form.add_argument("--svg", action="store_true", help="an SVG picture, to standard output")
     add_image_options(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

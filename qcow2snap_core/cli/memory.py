@@ -18,7 +18,6 @@ from ..memory.places import Wish
 from ..transfer.judge import judge
 from ..transfer.memoryfile import FORMS, MEMORY_TARGETS, Memory, form_of_memory, save_memory
 from ..util.interrupts import deferred
-from ..util.units import parse_size
 from .common import (
     add_force,
     add_image_options,
@@ -27,6 +26,7 @@ from .common import (
     print_json,
     saved_named,
 )
+from .parser import SIZE, value
 from .streams import OUTPUT_NAMES, warn
 
 HELP = "write the memory of a saved machine to a file"
@@ -40,10 +40,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMS, help="OUT's name decides otherwise")
     add_force(parser, "replace OUT if it is a file that is there")
     parser.add_argument(
-        "--below-4g", metavar="SIZE", help="how much of the memory lies below 4 GiB"
+        "--below-4g", metavar="SIZE", type=SIZE, help="how much of the memory lies below 4 GiB"
     )
     parser.add_argument(
-        "--above-4g", metavar="ADDRESS", help="where the rest begins, 0x10000000000 say"
+        "--above-4g",
+        metavar="ADDRESS",
+        type=value(_address, "give an address, like 0x100000000"),
+        help="where the rest begins, 0x10000000000 say",
     )
     parser.add_argument(
         "--ram",
@@ -55,6 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--place",
         metavar="BLOCK=ADDRESS",
+        type=value(_placed, "give BLOCK=ADDRESS or BLOCK=none"),
         action="append",
         default=[],
         help="where another RAM block lies; none leaves it out",
@@ -65,11 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     form = args.format or form_of_memory(args.out)
-    below = None if args.below_4g is None else parse_size(args.below_4g)
-    above = None if args.above_4g is None else _address(args.above_4g)
-    if args.above_4g is not None and above is None:
-        raise UsageError(f"--above-4g {escaped(args.above_4g)}: give an address, like 0x100000000")
-    wish = Wish(below, above, args.ram, dict(map(_placed, args.place)))
+    wish = Wish(args.below_4g, args.above_4g, args.ram, dict(args.place))
     if args.out in OUTPUT_NAMES:
         raise UsageError("pages come in any order, which standard output cannot take: give a file")
     ensure_not_source(args.out, args.file)
@@ -85,18 +85,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _placed(text: str) -> tuple[str, int | None]:
     block, _, address = text.rpartition("=")
-    at = _address(address)
-    if not block or (at is None and address != "none"):
-        raise UsageError(f"--place {escaped(text)}: give BLOCK=ADDRESS or BLOCK=none")
-    return block, at
+    if not block:
+        raise ValueError
+    return block, None if address == "none" else _address(address)
 
 
-def _address(text: str) -> int | None:
-    try:
-        at = int(text, 0)
-    except ValueError:
-        return None
-    return at if at >= 0 else None
+def _address(text: str) -> int:
+    at = int(text, 0)
+    if at < 0:
+        raise ValueError
+    return at
 
 
 def _objects(memory: Memory) -> Iterator[dict[str, Any]]:

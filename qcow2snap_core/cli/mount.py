@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
-from ..errors import UsageError, escaped
+from ..errors import UsageError, escaped, shown
 from ..files.volumes import How, described, parts, whole
 from ..format.choosing import Choice, choose
 from ..host.mount import mount, mount_filesystem
@@ -28,7 +28,7 @@ from ..util.interrupts import deferred
 from .common import open_from
 from .guest import add_guest_options
 from .parser import Parser
-from .streams import OutputLost, say
+from .streams import OutputLost, say, warn
 
 HELP = "show all snapshots, one as a raw disk, or its files, in a directory"
 EXAMPLE = "qcow2snap mount disk.qcow2 /mnt/snapshots"
@@ -43,7 +43,6 @@ def arguments(parser: Parser) -> None:
     )
     parser.add_argument("directory", metavar="DIR", help="an existing directory")
     add_guest_options(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,19 +68,23 @@ def _show_one(image: Image, args: argparse.Namespace) -> None:
     show = mount_filesystem if args.filesystem else mount
     snapshot = choose(image.table(), Choice(args.snapshot), image.path)
     disk = image.disk(snapshot)
-    _check_partition(disk, args.partition, args.filesystem)
-    show(image, snapshot, args.directory, args.partition, _ready)
+    show(image, snapshot, args.directory, _partition(disk, args), _ready)
 
 
-def _check_partition(disk: Disk, number: int | None, filesystem: bool) -> None:
-    """Raises UsageError with what there is; nbdkit's partition filter would not say it."""
-    if number is None and not filesystem:
-        return
+def _partition(disk: Disk, args: argparse.Namespace) -> int | None:
+    """The one that is meant: the only one, if a filesystem is asked for and none is named.  Raises
+    UsageError with what there is; nbdkit's partition filter would not say it."""
+    number: int | None = args.partition
+    if number is None and not args.filesystem:
+        return None
     found = parts(whole(disk))
+    if number is None and len(found) == 1:
+        return found[0].number
     if found and number not in {part.number for part in found}:
         raise UsageError(described("--partition ", found))
     if number is not None and not found:
         raise UsageError("this disk has no partitions: leave out --partition")
+    return number
 
 
 def _show_all(image: Image, args: argparse.Namespace) -> None:
@@ -91,4 +94,15 @@ def _show_all(image: Image, args: argparse.Namespace) -> None:
         if e.name != "pyfuse3":
             raise
         raise missing("pyfuse3", "python3-pyfuse3, or name a SNAPSHOT, which needs none") from e
-    mount_all(image, args.directory, How(args.backend, args.ignore_journal), _ready, say)
+    table = image.table()
+
+    def ready(path: str) -> None:
+        if table.damage:
+            damage = f"{shown(image.path)}: the snapshot table is damaged: {table.damage}"
+            warn(f"{damage}: what could be read of it is shown")
+        elif not table.snapshots:
+            why = f": {table.note}" if table.note else " yet: those that will be taken are shown"
+            say(f"{shown(image.path)} has no snapshots{why}")
+        _ready(path)
+
+    mount_all(image, args.directory, How(args.backend, args.ignore_journal), ready, say)

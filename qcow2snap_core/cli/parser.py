@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from ..errors import escaped
+from ..errors import UsageError, escaped
 from ..util.spelling import nearest
+from ..util.units import parse_seconds, parse_size
 from .streams import say
 
 # A word that is "--" itself, behind the one that ends the options: argparse (3.11) drops that too.
 # No word of a command line can hold a NUL.
 _DASHES = "\0--"
+
+_T = TypeVar("_T")
 
 _PASSPHRASE = re.compile(r"--(passphrase\.[1-9][0-9]{0,3})(?:=.*)?", re.ASCII | re.DOTALL)
 
@@ -100,6 +103,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
             return super()._get_value(action, "--" if arg_string == _DASHES else arg_string)
+        except UsageError as e:
+            raise argparse.ArgumentError(action, str(e)) from e
         except argparse.ArgumentError as e:
             raise argparse.ArgumentError(action, "give a whole number") from e
 
@@ -107,6 +112,23 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"(?s)ignored explicit argument .*", "takes no value", message)
         say(f"{escaped(message)}: {self.prog} --help says what there is")
         self.exit(2)
+
+
+def value(parse: Callable[[str], _T], advice: str) -> Callable[[str], _T]:
+    """The ``type`` of an option: ``parse``, whose UsageError or ValueError becomes an error of the
+    command line that says what to give, in place of what was given."""
+
+    def parsed(text: str) -> _T:
+        try:
+            return parse(text)
+        except (UsageError, ValueError):
+            raise UsageError(advice) from None
+
+    return parsed
+
+
+SIZE = value(parse_size, "give bytes, or a number with a unit, like 64M")
+SECONDS = value(parse_seconds, "give seconds, more than 0, like 30 or 0.5")
 
 
 def _with_dashes(args: Sequence[str]) -> list[str]:

@@ -35,6 +35,7 @@ from ..util.progress import progress
 from ..util.units import binary, counted
 from ..util.wording import COMMAND, passphrase_key
 from .common import add_image_options, open_from, print_json
+from .parser import value
 from .streams import say
 from .text import fitted, print_table, terminal_width
 
@@ -57,7 +58,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for kind, what in _KINDS.items():
         rules.add_argument(f"--keep-{kind}", metavar="N", type=_count, default=0, help=what)
     rules.add_argument(
-        "--keep-within", metavar="DURATION", help="what is that much younger, like 1y6m7d12h"
+        "--keep-within",
+        metavar="DURATION",
+        type=value(parse_duration, "give years, months, days and hours, like 2y5m7d3h"),
+        help="what is that much younger, like 1y6m7d12h",
     )
     rules.add_argument(
         "--match",
@@ -143,8 +147,8 @@ def _policy(args: argparse.Namespace) -> Policy:
         args.usage_error("--qmp and --device go together")
     if args.qmp is not None and args.passphrase_0 is not None:
         args.usage_error("--passphrase goes without --qmp: the running QEMU has it")
-    within = None if args.keep_within is None else parse_duration(args.keep_within)
-    policy = Policy(**{kind: getattr(args, f"keep_{kind}") for kind in _KINDS}, within=within)
+    counts = {kind: getattr(args, f"keep_{kind}") for kind in _KINDS}
+    policy = Policy(**counts, within=args.keep_within)
     if policy == Policy():
         args.usage_error("no rule keeps anything: give --keep-last N or another --keep option")
     return policy

@@ -9,6 +9,7 @@ OUT appears when it is whole: when every snapshot in it has been read back and c
 from __future__ import annotations
 
 import argparse
+import errno
 import resource
 
 from ..errors import escaped
@@ -16,10 +17,11 @@ from ..storage.libnbd import without_secrets
 from ..transfer.destinations import new_copy
 from ..transfer.judge import STANDARD_OUTPUT, judge
 from ..transfer.restore import RESTORE_TARGETS, restore, restore_disk
+from ..transfer.streams import ReaderGone
 from ..util.interrupts import deferred
 from ..util.wording import COMMAND
 from .common import add_force, add_no_verify
-from .streams import OUTPUT_NAMES, warn
+from .streams import OUTPUT_NAMES, OutputLost, warn
 
 HELP = "an image, or one disk, from a repository"
 EXAMPLE = "qcow2snap restore --snapshot nightly /backup/disk nightly.raw"
@@ -33,7 +35,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_force(parser, "replace OUT if it is a file that is there")
     add_no_verify(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +49,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     target = STANDARD_OUTPUT if args.out in OUTPUT_NAMES else args.out
     to = new_copy(target, replace=args.force)
-    with deferred():
-        done = restore_disk(args.repository, args.snapshot, to, warn, COMMAND, args.verify)
+    try:
+        with deferred():
+            done = restore_disk(args.repository, args.snapshot, to, warn, COMMAND, args.verify)
+    except ReaderGone as e:
+        raise OutputLost(errno.EPIPE, str(e)) from e
     if target != STANDARD_OUTPUT:
         print(f"{without_secrets(target)}: {done}")
     return 0

@@ -26,7 +26,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE [SNAPSHOT] ...",
         help="the qcow2 image, the ID or name of a snapshot, and options for nbdkit",
     )
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -50,7 +50,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the snapshot's name; what is before it names devices",
     )
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -105,7 +105,10 @@ def open_filesystem(disk: Disk, snapshot: str, part: str | None, how: How = How(
     window = _volume(whole(disk), snapshot, part)
     kind = kinds.kind_of(window)
     if kind is None:
-        raise UsageError("there is no filesystem that is known here: see the recipes for guestfish")
+        raise UsageError(
+            "there is no filesystem that is known here: qcow2snap serve shows the disk to programs "
+            "that may know it, like guestfish"
+        )
     if kind not in kinds.READABLE:
         raise UsageError(f"there is {kind} in it, and no filesystem")
     back_ends = tuple(b for b in _PREFERRED[kind] if how.backend in (None, b))

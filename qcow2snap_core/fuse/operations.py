@@ -206,7 +206,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         except NotThere:
             raise pyfuse3.FUSEError(errno.ENOENT) from None
         except Error as e:
-            self._say(f"{entry.path}: {e}")
+            self._say(f"{entry.path}: {e}" if entry.path else str(e))  # of the root, which has none
             raise pyfuse3.FUSEError(errno.EIO) from None
         except Exception as e:
             # pyfuse3's loop would drop it, and whoever asked would wait for ever.

@@ -14,14 +14,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, Final
 from urllib.parse import quote
 
 import pyfuse3
 
-from ..errors import StorageError, UsageError, escaped, shown
+from ..errors import StorageError, UsageError, escaped, reason, shown
 from ..files.volumes import How
 from ..host.mount import Ready, check_directory
 from ..host.nbdkit import missing
@@ -34,6 +34,9 @@ _THREADS: Final = 8
 #: Requests that wait at once; more are left to the kernel, whoever they are for
 _REQUESTS: Final = 512
 _DEVICE: Final = "/dev/fuse"
+#: More than libfuse, the loop and what wakes it up need; asyncio, which leaves a heap of complaints
+#: behind where it does not get its own, is not even begun without them
+_DESCRIPTORS: Final = 16
 
 
 def mount_all(image: Image, directory: str, how: How, ready: Ready, warn: Say) -> None:
@@ -47,6 +50,7 @@ def mount_all(image: Image, directory: str, how: How, ready: Ready, warn: Say) -
         raise UsageError(f"{_DEVICE} cannot be used here: the kernel's FUSE is needed to mount")
     if shutil.which("fusermount3") is None:
         raise missing("fusermount3", "fuse3")
+    _ensure_descriptors()
     # What it says of requests whose asker was killed is of no interest.
     logging.getLogger("pyfuse3").setLevel(logging.CRITICAL)
     _asyncio().enable()
@@ -63,6 +67,18 @@ def mount_all(image: Image, directory: str, how: How, ready: Ready, warn: Say) -
     if operations.failure is not None:
         raise operations.failure
     raise_if_interrupted()
+
+
+def _ensure_descriptors() -> None:
+    """Raises UsageError when there are too few for a mount."""
+    with ExitStack() as held:
+        for had in range(_DESCRIPTORS):
+            try:
+                held.callback(os.close, os.dup(2))
+            except OSError as e:
+                raise UsageError(
+                    f"{reason(e)}: a mount needs {_DESCRIPTORS - had} more, raise ulimit -n"
+                ) from e
 
 
 def _asyncio() -> Any:

@@ -58,8 +58,6 @@ def image_of(word: str, disk: str | None) -> str:
     LibvirtError with what libvirt says.
     """
     if not is_domain(word):
-        if disk is not None:
-            raise UsageError("--disk goes with libvirt:DOMAIN")
         return word
     with _connected() as connection:
         _ensure_here(connection, word)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from ..errors import UsageError, escaped
@@ -26,6 +27,8 @@ def libnbd() -> Any:
 def message_of(error: Any, uri: str = "") -> str:
     """What one of its errors says, without the name of the C function, nor what is secret in the
     URI: one that it cannot parse it repeats."""
+    if error.errnum == errno.ESHUTDOWN:  # for which libc has the words of a socket
+        return "the server is shutting down"
     text = str(error.string).partition(": ")[2] or str(error.string)
     return escaped(text.replace(uri, without_secrets(uri)) if uri else text)
 

@@ -32,6 +32,10 @@ _PIPE_SIZE: Final = 1 << 20  # what an unprivileged user may have
 _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
+class ReaderGone(StorageError):
+    """Whoever read standard output does not want more."""
+
+
 class Stream:
     """Standard output, or a FIFO."""
 
@@ -39,16 +43,15 @@ class Stream:
         self.place = place
 
     def take(self, job: Job) -> None:
-        name = self.place.name
-        with _opened(self.place.path, name) as fd, progress("copying", job.new.size) as bar:
+        with _opened(self.place) as fd, progress("copying", job.new.size) as bar:
             for view in ordered(job.new, job.plan, job.threads):
-                _write(fd, view, name)
+                _write(fd, view, self.place)
                 bar(len(view))
 
 
 @contextmanager
-def _opened(path: str, name: str) -> Iterator[int]:
-    fd = _output() if path == STANDARD_OUTPUT else _fifo(path, name)
+def _opened(place: Place) -> Iterator[int]:
+    fd = _output() if place.path == STANDARD_OUTPUT else _fifo(place.path, place.name)
     try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             with suppress(OSError):  # then it takes a little longer
@@ -77,8 +80,8 @@ def _fifo(path: str, name: str) -> int:
         time.sleep(_PATIENCE)
 
 
-def _write(fd: int, view: memoryview, name: str) -> None:
-    """Write all of it.  Raises StorageError."""
+def _write(fd: int, view: memoryview, place: Place) -> None:
+    """Write all of it.  Raises StorageError, ReaderGone for standard output."""
     try:
         while view:
             raise_if_interrupted()
@@ -89,4 +92,6 @@ def _write(fd: int, view: memoryview, name: str) -> None:
                 ready.register(fd, select.POLLOUT)
                 ready.poll(_PATIENCE * 1000)
     except OSError as e:
-        raise StorageError(f"writing to {shown(name)} failed: {reason(e)}") from e
+        gone = e.errno == errno.EPIPE and place.path == STANDARD_OUTPUT
+        kind = ReaderGone if gone else StorageError
+        raise kind(f"writing to {shown(place.name)} failed: {reason(e)}") from e

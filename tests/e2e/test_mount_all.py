@@ -22,6 +22,7 @@ from support import command, damage, qemu, secret
 from support.filesystems import digests, make_filesystem, make_tree, needs
 from support.live import running
 from support.qemu import KiB, MiB
+from support.remote import remote
 from support.running import eventually, processes_with, started, until
 from support.server import ROOT
 from support.vm import machine
@@ -35,7 +36,7 @@ SIZE = 4 * MiB
 
 
 @contextmanager
-def shown(image: Path, where: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
+def shown(image: object, where: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
     """The image's snapshots are there until the block ends; nothing may be said on stderr then."""
     with started("mount", *options, image, where) as process:
         until(lambda: os.path.ismount(where), process)
@@ -200,6 +201,45 @@ def test_a_damaged_snapshot_says_why_and_the_others_are_there(tmp_path: Path, wh
         (line,) = (where / "bad" / "disk.error").read_text().splitlines()
         assert "0x3039 is not one of a cluster" in line
         assert (where / "good" / "disk").read_bytes()[:3] == b"\3\3\3"
+
+
+def test_a_damaged_table_is_told_on_stderr_too(tmp_path: Path, where: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    for name in ("good", "bad"):
+        qemu.take(path, name)
+    qemu.patch(path, 60, b"\0\0\0\x03")
+    with shown(path, where) as process:
+        assert sorted(os.listdir(where)) == ["bad", "good", "snapshots.error"]
+        (line,) = said(process)
+    assert line.startswith(f"qcow2snap: warning: '{path}': the snapshot table is damaged: entry 3 ")
+
+
+def test_an_image_without_snapshots(tmp_path: Path, where: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    with shown(path, where) as process:
+        qemu.take(path, "one")
+        eventually(lambda: os.listdir(where) == ["one"])
+        (line,) = said(process)
+    assert f"'{path}' has no snapshots yet" in line
+
+
+def test_a_server_that_hangs(tmp_path: Path, where: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", MiB)
+    qemu.take(path, "one")
+    with (
+        remote("file", path) as server,
+        shown(server.uri, where, "--remote-timeout", "1") as process,
+    ):
+        assert os.listdir(where) == ["one"]
+        server.freeze()
+        with raises(errno.EIO):
+            os.listdir(where)
+        server.thaw()
+        lines = said(process)
+    assert lines
+    for line in lines:
+        assert line.startswith("qcow2snap: reading ")
+        assert line.endswith("the server has not answered for 1 s")
 
 
 def test_a_bad_cluster_is_an_error_of_its_own_bytes(tmp_path: Path, where: Path) -> None:
@@ -547,6 +587,18 @@ def test_options_stand_anywhere(tmp_path: Path, where: Path, image: Path, place:
     words = [str(image), "none", str(where)]
     words[place:place] = ["--partition", "1"]
     assert "no snapshot 'none'" in command.fails("mount", *words)
+
+
+@pytest.mark.parametrize("limit", [8, 12, 16])
+def test_too_few_descriptors_are_one_line(image: Path, where: Path, limit: int) -> None:
+    script = f'ulimit -n {limit}; exec "$@" 2>&1'
+    command_line = [sys.executable, "-m", "qcow2snap_core", "mount", image, where]
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *command_line], stdout=subprocess.PIPE, check=False, cwd=ROOT
+    )
+    (line,) = done.stdout.decode().splitlines()
+    assert done.returncode == 1
+    assert "too many open files: a mount needs " in line
 
 
 def test_without_the_library_it_says_what_to_install(

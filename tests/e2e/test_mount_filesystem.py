@@ -114,21 +114,34 @@ def test_after_a_kill_nothing_is_left(disk: Path, where: Path) -> None:
     assert_nothing_is_left(disk, where)
 
 
-def partitioned(raw: Path) -> Path:
-    """A disk with the content as its first partition."""
-    sectors = SIZE // 512
-    entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0])
-    entry += (2048).to_bytes(4, "little") + sectors.to_bytes(4, "little")
-    mbr = bytes(446) + entry + bytes(48) + b"\x55\xaa"
+def partitioned(raw: Path, *more: tuple[int, int]) -> Path:
+    """A disk with the content as its first partition; the first sectors and the numbers of sectors
+    of others may follow."""
+    entries = b"".join(
+        bytes([0, 0, 0, 0, 0x83, 0, 0, 0])
+        + first.to_bytes(4, "little")
+        + count.to_bytes(4, "little")
+        for first, count in [(2048, SIZE // 512), *more]
+    )
+    mbr = bytes(446) + entries.ljust(64, b"\0") + b"\x55\xaa"
     whole = raw.with_name("whole.raw")
     whole.write_bytes(mbr.ljust(MiB, b"\0") + raw.read_bytes())
     return whole
 
 
 @ext
-def test_a_partition(tmp_path: Path, where: Path) -> None:
+def test_the_only_partition_needs_no_number(tmp_path: Path, where: Path) -> None:
     path = snapshot_of(partitioned(ext4(tmp_path)))
-    assert "--partition" in command.fails("mount", "--filesystem", path, "one", where)
+    with started("mount", "--filesystem", path, "one", where) as process:
+        until((where / "name").exists, process)
+        assert (where / "name").read_text() == "new"
+
+
+@ext
+def test_a_partition(tmp_path: Path, where: Path) -> None:
+    path = snapshot_of(partitioned(ext4(tmp_path), (64, 128)))
+    said = command.fails("mount", "--filesystem", path, "one", where)
+    assert "this disk has 2 partitions: name one, --partition 1 (Linux, " in said
     line = ["mount", "--filesystem", "--partition", 1, path, "one", where]
     with started(*line) as process:
         until((where / "name").exists, process)

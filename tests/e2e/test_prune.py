@@ -167,7 +167,7 @@ WRONG = {
     "a pattern alone": (("--match", "*"), 2, "no rule keeps anything"),
     "no number": (("--keep-last", "all"), 2, "give a whole number"),
     "a negative number": (("--keep-last", "-2"), 2, "give a whole number"),
-    "no duration": (("--keep-within", "2w"), 1, "is no duration"),
+    "no duration": (("--keep-within", "2w"), 2, "give years, months, days and hours"),
     "a socket alone": (("--keep-last", "1", "--qmp", "x"), 2, "go together"),
     "a device alone": (("--keep-last", "1", "--device", "x"), 2, "go together"),
     "a passphrase for nothing": (

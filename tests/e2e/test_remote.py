@@ -185,9 +185,14 @@ def test_the_way_back_survives_going_into_the_background(image: Path) -> None:
 # --- What goes wrong ---
 
 
-def test_errors_of_the_server_are_eio_and_pass(tmp_path: Path, image: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"), [("EIO", "nput/output error"), ("ESHUTDOWN", "server is shutting down")]
+)
+def test_errors_of_the_server_are_eio_and_pass(
+    tmp_path: Path, image: Path, number: str, said: str
+) -> None:
     trigger = tmp_path / "fail"
-    error = ("error-pread-rate=100%", f"error-file={trigger}", "error-pread=EIO")
+    error = ("error-pread-rate=100%", f"error-file={trigger}", f"error-pread={number}")
     with remote("--filter=error", "file", image, *error) as server, serve(file=server.uri) as ours:
         with ours.connect("one") as client:
             trigger.touch()
@@ -196,7 +201,7 @@ def test_errors_of_the_server_are_eio_and_pass(tmp_path: Path, image: Path) -> N
             assert client.pread(MiB, 0) == qemu.content(image, "one")[:MiB]
         [line] = ours.log.splitlines()
         assert "host offset" in line
-        assert "nput/output error" in line
+        assert said in line
 
 
 def test_a_lost_connection_is_made_again(image: Path) -> None:

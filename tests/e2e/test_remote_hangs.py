@@ -99,11 +99,6 @@ def test_the_plugin_does_not_start_with_it(tmp_path: Path) -> None:
     assert "the server has not answered for 0.3 s" in said
 
 
-def test_a_time_that_is_none_is_one_line(image: Path) -> None:
-    said = command.fails("list", image, "--remote-timeout", "soon")
-    assert "'soon' is no time: give seconds, more than 0, like 30 or 0.5" in said
-
-
 @pytest.mark.parametrize("words", [["list"], ["copy", "one", "out"]], ids=lambda words: words[0])
 def test_ctrl_c_while_it_connects(tmp_path: Path, words: list[str]) -> None:
     with silent(tmp_path) as (listening, uri):

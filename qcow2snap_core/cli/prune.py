@@ -27,6 +27,7 @@ from ..host.qmp import Qmp
 from ..host.quiet import THROUGH_QMP, QuietImage
 from ..host.running import RunningQemu
 from ..image.image import Image
+from ..tables.check import check
 from ..tables.keep import ALL, Policy, parse_duration, reasons_to_keep
 from ..tables.space import Freed, freed_together
 from ..util.interrupts import Interrupted, deferred
@@ -165,6 +166,7 @@ def _deleter(args: argparse.Namespace, image: Image, plan: _Plan) -> Iterator[De
             by = RunningQemu(stack.enter_context(Qmp(args.qmp)), image, args.device)
         else:
             by = QuietImage(image, _passphrase(args, image), _instead(args.file))
+            _ensure_undamaged(image)
         ensure_deletable(by, plan.there, plan.doomed)
         yield by
 
@@ -175,6 +177,16 @@ def _tell_what_hinders(args: argparse.Namespace, image: Image, plan: _Plan) -> N
             pass
     except Error as e:
         say(f"without --dry-run this would fail: {e}")
+
+
+def _ensure_undamaged(image: Image) -> None:
+    """Raises ImageError for damage: where a cluster in use has no refcount, QEMU writes its new
+    snapshot table over it, and a snapshot that was to be kept is lost."""
+    if any(finding.is_damage for finding in check(image)):
+        raise ImageError(
+            f"{shown(image.path)} is damaged, and deleting could lose what is to be kept: "
+            f"qcow2snap check tells what is wrong"
+        )
 
 
 def _passphrase(args: argparse.Namespace, image: Image) -> bytes | None:

@@ -4,8 +4,9 @@ keeps is kept.
 
 QEMU does the deleting: the one that has the image open, through --qmp and --device, or qemu-img
 where nobody uses the image. Each deletion is looked up in the file; Ctrl-C stops before the next
-one. With --dry-run it is only told what would be kept and why, what would be deleted, and how much
-space that frees."""
+one. With --dry-run it is only told what would be kept and why, what would be deleted, how much
+space that frees, and what hinders it. What libvirt knows of libvirt:DOMAIN is left to virsh
+snapshot-delete."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -21,10 +22,12 @@ from ..errors import Error, ImageError, UsageError, escaped, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot, date
 from ..host.delete import Deleter, delete, ensure_deletable
+from ..host.domains import ensure_not_known, is_domain, virsh_word
 from ..host.qmp import Qmp
-from ..host.quiet import QuietImage
+from ..host.quiet import THROUGH_QMP, QuietImage
 from ..host.running import RunningQemu
 from ..image.image import Image
+from ..tables.check import check
 from ..tables.keep import ALL, Policy, parse_duration, reasons_to_keep
 from ..tables.space import Freed, freed_together
 from ..util.interrupts import Interrupted, deferred
@@ -122,19 +125,21 @@ def run(args: argparse.Namespace) -> int:
         if args.passphrase_0 is not None and image.header.crypt_method == q.CRYPT_NONE:
             raise UsageError(f"{shown(image.path)} is not encrypted: leave out the passphrase")
         plan = _Plan(image, policy, args.match)
-        if not args.json:
-            _print(plan, args.dry_run)
-        try:
-            if plan.doomed and not args.dry_run:
-                with deferred(), _deleter(args, image) as by:
-                    ensure_deletable(by, plan.there, plan.doomed)
+        if not plan.doomed or args.dry_run:
+            _print(plan, args)
+            if plan.doomed:
+                _tell_what_hinders(args, image, plan)
+        else:
+            with deferred(), _deleter(args, image, plan) as by:
+                _print(plan, args)
+                try:
                     _delete(image, plan.doomed, by, gone)
-        except (Error, Interrupted):
-            if args.json and gone:
-                print_json([_object(plan, args.dry_run, gone)])
-            raise
+                except (Error, Interrupted):
+                    if args.json and gone:
+                        print_json([_object(plan, gone)])
+                    raise
     if args.json:
-        print_json([_object(plan, args.dry_run, gone)])
+        print_json([_object(plan, gone)])
     return 0
 
 
@@ -151,20 +156,57 @@ def _policy(args: argparse.Namespace) -> Policy:
 
 
 @contextmanager
-def _deleter(args: argparse.Namespace, image: Image) -> Iterator[Deleter]:
-    if args.qmp is not None:
-        with Qmp(args.qmp) as qemu:
-            yield RunningQemu(qemu, image, args.device)
-        return
-    passphrase = None
-    if image.header.crypt_method != q.CRYPT_NONE:
-        if args.passphrase_0 is None:
-            raise UsageError(
-                f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
-                f"passphrase: add {COMMAND.passphrase(0)}"
-            )
-        passphrase = read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
-    yield QuietImage(image, passphrase)
+def _deleter(args: argparse.Namespace, image: Image, plan: _Plan) -> Iterator[Deleter]:
+    """The QEMU that is to delete them, when nothing is known that hinders it."""
+    if is_domain(args.file):
+        ensure_not_known(args.file, [s.name for s in plan.doomed])
+    with ExitStack() as stack:
+        by: Deleter
+        if args.qmp is not None:
+            by = RunningQemu(stack.enter_context(Qmp(args.qmp)), image, args.device)
+        else:
+            by = QuietImage(image, _passphrase(args, image), _instead(args.file))
+            _ensure_undamaged(image)
+        ensure_deletable(by, plan.there, plan.doomed)
+        yield by
+
+
+def _tell_what_hinders(args: argparse.Namespace, image: Image, plan: _Plan) -> None:
+    try:
+        with deferred(), _deleter(args, image, plan):
+            pass
+    except Error as e:
+        say(f"without --dry-run this would fail: {e}")
+
+
+def _ensure_undamaged(image: Image) -> None:
+    """Raises ImageError for damage: where a cluster in use has no refcount, QEMU writes its new
+    snapshot table over it, and a snapshot that was to be kept is lost."""
+    if any(finding.is_damage for finding in check(image)):
+        raise ImageError(
+            f"{shown(image.path)} is damaged, and deleting could lose what is to be kept: "
+            f"qcow2snap check tells what is wrong"
+        )
+
+
+def _passphrase(args: argparse.Namespace, image: Image) -> bytes | None:
+    if image.header.crypt_method == q.CRYPT_NONE:
+        return None
+    if args.passphrase_0 is None:
+        raise UsageError(
+            f"{shown(image.path)} is encrypted, and qemu-img deletes nothing without the "
+            f"passphrase: add {COMMAND.passphrase(0)}"
+        )
+    if args.dry_run:  # nobody is to type it for nothing
+        return None
+    return read_passphrase(passphrase_key(0), args.passphrase_0, COMMAND)
+
+
+def _instead(file: str) -> str:
+    """What can be done where a QEMU uses the image: libvirt keeps that one's QMP socket."""
+    if not is_domain(file):
+        return THROUGH_QMP
+    return f"shut the virtual machine down first, with virsh shutdown {virsh_word(file)}"
 
 
 def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Snapshot]) -> None:
@@ -181,7 +223,9 @@ def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Sn
         raise
 
 
-def _print(plan: _Plan, dry_run: bool) -> None:
+def _print(plan: _Plan, args: argparse.Namespace) -> None:
+    if args.json:
+        return
     kept: list[Sequence[str]] = []
     for s, why in plan.considered:
         kept += [(*_row(s), first) for first in why[:1]]
@@ -192,7 +236,7 @@ def _print(plan: _Plan, dry_run: bool) -> None:
     if not plan.doomed:
         print("there is nothing to delete")
         return
-    what = "would delete" if dry_run else "delete"
+    what = "would delete" if args.dry_run else "delete"
     state = f", {binary(plan.freed.vm_state)} of it VM state" if plan.freed.vm_state else ""
     frees = f"frees {binary(plan.freed.size)}{state}"
     print(f"{what} {counted(len(plan.doomed), 'snapshot')}, which {frees}:")
@@ -210,7 +254,7 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
     sys.stdout.flush()
 
 
-def _object(plan: _Plan, dry_run: bool, gone: Sequence[Snapshot]) -> dict[str, Any]:
+def _object(plan: _Plan, gone: Sequence[Snapshot]) -> dict[str, Any]:
     deleted = {s.identity for s in gone}
     return {
         "keep": [_snapshot(s) | {"reasons": list(why)} for s, why in plan.considered if why],
@@ -218,7 +262,7 @@ def _object(plan: _Plan, dry_run: bool, gone: Sequence[Snapshot]) -> dict[str, A
         "freed-size": plan.freed.size,
         "freed-disk-size": plan.freed.disk,
         "freed-vm-state-size": plan.freed.vm_state,
-        "deleted": not dry_run and len(gone) == len(plan.doomed),
+        "deleted": bool(gone) and len(gone) == len(plan.doomed),
     }
 
 

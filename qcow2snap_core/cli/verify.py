@@ -12,7 +12,7 @@ from ..transfer.manifest import described
 from ..transfer.repository import stored_size
 from ..transfer.restore import verify
 from ..util.interrupts import deferred
-from ..util.units import binary
+from ..util.units import binary, counted
 from .common import print_json
 
 HELP = "read all of a repository and compare it with its checksums"
@@ -38,6 +38,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{each.entry.disk.file} {escaped(each.entry.snapshot.name)}: {each.problem}")
     if not wrong and not args.json:
         size = binary(stored_size(v.entry for v in verdicts))
-        many = "1 snapshot" if len(verdicts) == 1 else f"{len(verdicts)} snapshots"
-        print(f"{many}, {size}: all is as it was written")
+        print(f"{counted(len(verdicts), 'snapshot')}, {size}: all is as it was written")
     return _DAMAGED if wrong else 0

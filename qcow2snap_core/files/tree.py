@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
 from ..errors import ImageError, UsageError, shown
+from ..util.units import counted
 from .kinds import CASELESS
 
 _MOST_LINKS: Final = 40  # as the kernel
@@ -169,7 +170,8 @@ def walk(
         for node in fs.children(directory):
             count += 1
             if count > most:
-                raise UsageError(f"there are more than {most} entries: allow more by --max-files")
+                there = counted(most, "entry", "entries")
+                raise UsageError(f"there are more than {there}: allow more by --max-files")
             here = (*path, node.name)
             if node.name in names:
                 raise ImageError(f"the name {shown(b'/'.join(here))} is there twice")

@@ -8,6 +8,7 @@ where virsh is a process for each question and prints for people.  It connects w
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -74,6 +75,25 @@ def known_snapshots(word: str) -> list[Known]:
         domain = _domain(connection, word.removeprefix(PREFIX))
         found = [_known(each) for each in domain.listAllSnapshots()]
     return sorted(found, key=lambda each: each.date)
+
+
+def ensure_not_known(word: str, names: Sequence[str]) -> None:
+    """Raises UsageError that says how libvirt deletes them when it knows snapshots with such names:
+    deleted behind its back it would go on to list them, and could not revert to them.
+
+    Raises as :func:`image_of`.
+    """
+    known = {each.name for each in known_snapshots(word)}
+    ours = [name for name in names if name in known]
+    if ours:
+        more = f" (and {len(ours) - 1} more of these)" if len(ours) > 1 else ""
+        line = f"virsh snapshot-delete {virsh_word(word)} {escaped(shlex.quote(ours[0]))}"
+        raise UsageError(f"libvirt knows {shown(ours[0])}{more}: delete it with {line}")
+
+
+def virsh_word(word: str) -> str:
+    """The machine of ``libvirt:DOMAIN``, as virsh is told of it in a shell."""
+    return escaped(shlex.quote(word.removeprefix(PREFIX)))
 
 
 class Monitor:

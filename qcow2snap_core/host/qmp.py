@@ -22,6 +22,8 @@ from ..errors import Error, escaped, reason, shown
 from ..util.interrupts import raise_if_interrupted
 
 _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
+#: seconds for a greeting, which no work precedes (libvirt gives the agent's as many)
+_GREETING: Final = 5
 _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 
@@ -85,10 +87,10 @@ class _JsonSocket:
         except OSError as e:
             raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
 
-    def _deadline(self) -> float:
+    def _deadline(self, most: float = float("inf")) -> float:
         """Until when all is waited for that comes before an answer, and the answer: who talks for
         ever does not answer either."""
-        return time.monotonic() + self._timeout
+        return time.monotonic() + min(self._timeout, most)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         try:
@@ -160,7 +162,7 @@ class Qmp(_JsonSocket):
         """Connect and negotiate.  Raises QmpError."""
         super().__init__(path, timeout)
         try:
-            if "QMP" not in self._receive(self._deadline()):
+            if "QMP" not in self._receive(self._deadline(_GREETING)):
                 raise QmpError(f"{shown(path)} does not speak QMP: is it the right socket?")
             self.execute("qmp_capabilities")
         except BaseException:
@@ -194,7 +196,7 @@ class FrozenGuest(_JsonSocket):
         number = secrets.randbelow(1 << 31)
         try:
             self._send({"execute": "guest-sync", "arguments": {"id": number}})
-            deadline = self._deadline()
+            deadline = self._deadline(_GREETING)
             while self._receive(deadline).get("return") != number:
                 pass
         except BaseException:

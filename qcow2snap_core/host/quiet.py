@@ -27,14 +27,21 @@ from .names import seen
 
 _KEY: Final = "key"  # what qemu-img calls the passphrase
 _CIPHERS: Final = {q.CRYPT_AES: "aes", q.CRYPT_LUKS: "luks"}
-_RUNNING: Final = "add --qmp SOCKET --device NODE, so that this QEMU deletes them"
+#: What can be done where a QEMU uses the image.
+THROUGH_QMP: Final = (
+    "add --qmp SOCKET --device NODE, so that this QEMU deletes them, or shut the virtual machine "
+    "down"
+)
 
 
 class QuietImage:
     """qemu-img, for one image."""
 
-    def __init__(self, image: Image, passphrase: bytes | None = None) -> None:
-        """Raises UsageError when somebody uses the image, or it is not here."""
+    def __init__(
+        self, image: Image, passphrase: bytes | None = None, instead: str = THROUGH_QMP
+    ) -> None:
+        """``instead`` is what can be done where a QEMU uses the image.  Raises UsageError when one
+        does, or the image is not here or not to be written by us."""
         if is_uri(image.path):
             raise UsageError(f"{shown(image.path)} is remote: run this where the file is")
         if image.header.has_data_file:  # qemu-img would open whatever name it has
@@ -43,7 +50,13 @@ class QuietImage:
             )
         self._image = image
         self._passphrase = passphrase
+        self._instead = instead
         self._ensure_quiet()
+        if not os.access(image.storage.absolute, os.W_OK):
+            raise UsageError(
+                f"{shown(image.path)} may not be written, as deleting does: run this as a user who "
+                f"may"
+            )
 
     def ensure_exact(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
         ensure_named(there, snapshot, ": a running QEMU can be told (--qmp)")
@@ -82,8 +95,8 @@ class QuietImage:
     def _ensure_quiet(self) -> None:
         if is_written(self._image.storage):
             raise UsageError(
-                f"{shown(self._image.path)} is in use, a QEMU has it open for writing: {_RUNNING}, "
-                f"or shut the virtual machine down"
+                f"{shown(self._image.path)} is in use, a QEMU has it open for writing: "
+                f"{self._instead}"
             )
 
     def _open(self) -> int:

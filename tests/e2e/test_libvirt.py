@@ -128,6 +128,60 @@ def test_what_only_one_of_them_knows(small: Path, libvirtd: Libvirt) -> None:
     assert line.endswith(" shutoff, which is not in this image")
 
 
+PRUNE = ("prune", "libvirt:vm one", "--keep-last", "1")
+
+
+@pytest.fixture
+def vm_one(libvirtd: Libvirt) -> Iterator[tuple[Any, Path]]:
+    """A machine that is off, with its image: two snapshots of libvirt's, one of qemu-img's."""
+    path = qemu.create(libvirtd.folder / "one.qcow2", MiB)
+    domain = libvirtd.define("vm one", vda=path)
+    for name in ("full", "two words"):
+        domain.snapshotCreateXML(SNAPSHOT.format(name, ""))
+    qemu.take(path, "other")
+    yield domain, path
+    if domain.isActive():
+        domain.destroy()
+    for snapshot in domain.listAllSnapshots():
+        snapshot.delete()
+    domain.undefine()
+    path.unlink()
+
+
+def test_what_libvirt_has_taken_libvirt_deletes(vm_one: tuple[Any, Path]) -> None:
+    domain, path = vm_one
+    before = path.read_bytes()
+    said = command.fails(*PRUNE)
+    hint = "delete it with virsh snapshot-delete 'vm one' "
+    assert said.endswith(f"libvirt knows 'full' (and 1 more of these): {hint}full")
+    done = command.run(*PRUNE, "--dry-run")
+    assert done.returncode == 0
+    assert done.stderr.endswith(
+        f"would fail: libvirt knows 'full' (and 1 more of these): {hint}full\n"
+    )
+    said = command.fails(*PRUNE, "--match", "two*", "--match", "other")
+    assert said.endswith(f"libvirt knows 'two words': {hint}'two words'")
+    assert path.read_bytes() == before
+    for snapshot in domain.listAllSnapshots():
+        snapshot.delete()
+    qemu.take(path, "last")
+    command.qcow2snap(*PRUNE)
+    assert list(qemu.snapshots(path)) == ["last"]
+
+
+def test_a_machine_that_runs_is_to_be_shut_down(vm_one: tuple[Any, Path]) -> None:
+    """Nobody else gets at its QMP socket."""
+    domain, path = vm_one
+    qemu.take(path, "last")
+    domain.create()
+    said = command.fails(*PRUNE, "--match", "other", "--match", "last")
+    assert said.endswith(
+        "a QEMU has it open for writing: shut the virtual machine down first, with virsh shutdown "
+        "'vm one'"
+    )
+    assert list(qemu.snapshots(path)) == ["full", "two words", "other", "last"]
+
+
 def test_a_file_of_such_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.take(qemu.create(tmp_path / "x.qcow2", MiB), "one")
     path = (tmp_path / "x.qcow2").rename(tmp_path / "libvirt:web")

@@ -13,14 +13,15 @@ import signal
 import struct
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from support import damage, live, qemu, running, secret
-from support.command import fails, on_terminal, qcow2snap, qcow2snap_json, run
+from support.command import as_nobody, fails, on_terminal, qcow2snap, qcow2snap_json, run
 from support.devices import loop_device
 from support.qemu import KiB, MiB
-from support.refcounts import allocated
+from support.refcounts import allocated, count_table
 from support.relay import relayed
 from support.remote import remote
 from support.tables import Entry, write_table
@@ -60,6 +61,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def names(path: Path) -> list[str]:
     return [s["name"] for s in qemu.info(path).get("snapshots", [])]
+
+
+def refused(*arguments: object) -> str:
+    """The one line with which it fails, before anything is told of what is deleted."""
+    done = run("prune", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def would(*arguments: object) -> tuple[str, str]:
+    """What a dry run prints, and the line with which the real one would fail."""
+    done = run("prune", *arguments, "--dry-run")
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    before = "qcow2snap: without --dry-run this would fail: "
+    assert line.startswith(before)
+    return done.stdout, line.replace(before, "qcow2snap: ")
 
 
 NEWEST = ["evening-4", "morning-5", "evening-5"]
@@ -121,7 +140,7 @@ def test_what_was_told_is_done_and_the_others_are_as_they_were(disk: Path) -> No
     said = qcow2snap("prune", disk, *RULES)
     assert said.endswith("there is nothing to delete\n")
     [found] = qcow2snap_json("prune", disk, *RULES)
-    assert (found["delete"], found["freed-size"]) == ([], 0)
+    assert (found["delete"], found["freed-size"], found["deleted"]) == ([], 0, False)
 
 
 def test_what_has_another_name_is_left_alone(disk: Path) -> None:
@@ -174,6 +193,7 @@ def test_a_wrong_command_line_deletes_nothing(disk: Path, case: str) -> None:
     words, status, said = WRONG[case]
     before = disk.read_bytes()
     done = run("prune", disk, *words)
+    assert done.stdout == "", "what is told of a deletion is done"
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert disk.read_bytes() == before
@@ -191,6 +211,7 @@ def test_whatever_they_are_called(tmp_path: Path) -> None:
     for name in ODD:
         qemu.run("qemu-img", "snapshot", "-c", name, path)
     damage.rename(path, {"two words": b"not UTF-8: \xff"})
+    count_table(path)
     qcow2snap("prune", path, "--keep-last", "1")
     assert names(path) == ["last"]
 
@@ -236,7 +257,7 @@ def ids(path: Path) -> list[str]:
 def test_where_a_name_means_another_nothing_is_deleted(tmp_path: Path, case: str) -> None:
     path = ambiguous(tmp_path / "disk.qcow2", case)
     before = path.read_bytes()
-    said = fails("prune", path, "--keep-last", "2")
+    said = refused(path, "--keep-last", "2")
     why = "its name is the ID of snapshot 'nightly' (ID 1)" if case == "an ID" else "comes first"
     assert why in said
     assert "(ID 2) cannot be told to QEMU" in said
@@ -258,6 +279,7 @@ def hidden(path: Path, name: str, what: str = "name") -> Path:
     redate(path, {"first": 2 * DAY, name: 0, "newest": 3 * DAY})
     if what == "name":
         damage.rename(path, {"first": SHOWS_AS[name]})
+        count_table(path)
         return path
     entry = damage.table_entry(path, qemu.snapshots(path)["first"].entry_offset)
     rest = [damage.table_entry(path, at) for at, _ in entries(path)[1:]]
@@ -265,6 +287,7 @@ def hidden(path: Path, name: str, what: str = "name") -> Path:
     first += SHOWS_AS[name] + b"first"
     packed = [each + bytes(-len(each) % 8) for each in (first, *rest)]
     damage.put_table(path, 3, b"".join(packed))
+    count_table(path)
     return path
 
 
@@ -303,11 +326,11 @@ def test_what_has_a_nul_itself_is_refused(tmp_path: Path, what: str) -> None:
     (first, _), *_ = entries(path)
     qemu.patch(path, first + 16, struct.pack(">I", FIRST - DAY))
     before = path.read_bytes()
-    assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2")
+    assert "which reads up to the NUL" in refused(path, "--keep-last", "2")
     assert path.read_bytes() == before
     with live.running(path) as it:
         given = ("--qmp", it.qmp_socket, "--device", "disk")
-        assert "which reads up to the NUL" in fails("prune", path, "--keep-last", "2", *given)
+        assert "which reads up to the NUL" in refused(path, "--keep-last", "2", *given)
     assert path.read_bytes() == before
 
 
@@ -375,7 +398,7 @@ def test_what_was_deleted_before_an_error_is_printed(
 
 
 @pytest.mark.parametrize("what", ["an L2 table", "another's L1 table"])
-def test_what_is_gone_although_qemu_failed_is_told(tmp_path: Path, what: str) -> None:
+def test_an_image_with_wrong_refcounts_is_refused(tmp_path: Path, what: str) -> None:
     """Where a cluster is in use and has no refcount, QEMU puts its new snapshot table, and sees
     only then that it must not: it has removed the snapshot, or lost the last one, by then."""
     path = qemu.create(tmp_path / "disk.qcow2", 4 * MiB)
@@ -383,22 +406,17 @@ def test_what_is_gone_although_qemu_failed_is_told(tmp_path: Path, what: str) ->
         qemu.io(path, f"write -P 1 {n} 64k")
         qemu.take(path, name)
     redate(path, {"one": 0})
-    found = qemu.snapshots(path)
     own = damage.l2_table(path, "one", 0)
-    cluster = own if what == "an L2 table" else found["two"].l1_table_offset
+    cluster = own if what == "an L2 table" else qemu.snapshots(path)["two"].l1_table_offset
     refcounts = qemu.field64(path, qemu.field64(path, 48))
     qemu.patch(path, refcounts + 2 * (cluster // (64 * KiB)), b"\0\0")
-    done = run("prune", path, "--keep-last", "2", "--json")
-    (error,) = done.stderr.splitlines()
-    assert "deleting snapshot 'one' (ID 1) failed: qcow2: Marking image as corrupt" in error
-    if cluster == own:
-        assert error.endswith(": 1 of 1 were deleted")
-        assert [s["deleted"] for s in json.loads(done.stdout)[0]["delete"]] == [True]
-        assert names_of(path) == ["two", "three"]
-    else:
-        assert "snapshot 'three' (ID 3) is missing from" in error
-        assert error.endswith(": 0 of 1 were deleted")
-        assert names_of(path) == ["one", "two"]
+    before = path.read_bytes()
+    said = fails("prune", path, "--keep-last", "2")
+    assert "is damaged, and deleting could lose what is to be kept" in said
+    assert path.read_bytes() == before
+    done = run("prune", path, "--keep-last", "2", "--dry-run")
+    assert done.returncode == 0
+    assert "without --dry-run this would fail: " in done.stderr
 
 
 def names_of(path: Path) -> list[str]:
@@ -422,8 +440,9 @@ def test_nor_an_external_data_file(tmp_path: Path) -> None:
     l1_size, l1 = struct.unpack(">IQ", qemu.peek(path, 36, 12))
     size = struct.pack(">QQ", 0, MiB)
     write_table(path, [Entry(b"%d" % n, b"made", l1, l1_size, extra=size) for n in (1, 2)])
+    count_table(path)
     before = path.read_bytes()
-    assert "has an external data file" in fails("prune", path, "--keep-last", "1")
+    assert "has an external data file" in refused(path, "--keep-last", "1")
     assert path.read_bytes() == before
 
 
@@ -436,10 +455,24 @@ def test_a_block_device(disk: Path, tmp_path: Path) -> None:
 
 def test_an_image_elsewhere_is_refused(disk: Path) -> None:
     with remote("file", disk) as server:
-        assert "is remote: run this where the file is" in fails(
-            "prune", server.uri, "--keep-last", "1"
-        )
-        assert "would delete 9" in qcow2snap("prune", server.uri, "--keep-last", "1", "--dry-run")
+        assert "is remote: run this where the file is" in refused(server.uri, "--keep-last", "1")
+        told, hindered = would(server.uri, "--keep-last", "1")
+        assert "would delete 9" in told
+        assert "is remote: run this where the file is" in hindered
+
+
+def test_who_may_not_write_it_deletes_nothing(made: Path) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        disk = Path(folder, "disk.qcow2")
+        disk.write_bytes(made.read_bytes())
+        disk.chmod(0o644)
+        done = as_nobody("prune", disk, "--keep-last", "1")
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        may_not = f"'{disk}' may not be written, as deleting does: run this as a user who may"
+        assert line == f"qcow2snap: {may_not}"
+        assert len(names(disk)) == 10
 
 
 def test_a_damaged_image_is_left_alone(disk: Path) -> None:
@@ -488,14 +521,20 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
 def test_a_running_qemu_has_to_do_it(disk: Path) -> None:
     kept = {name: qemu.content(disk, name) for name in EVENINGS[2:]}
     with live.running(disk) as it:
-        said = fails("prune", disk, *RULES)
+        said = refused(disk, *RULES)
         assert "is in use, a QEMU has it open for writing: add --qmp SOCKET --device NODE" in said
         assert len(names(disk)) == 10
-        assert qcow2snap("prune", disk, *RULES, "--dry-run") == TOLD.format("would delete")
+        told, hindered = would(disk, *RULES)
+        assert told == TOLD.format("would delete")
+        assert hindered == said
+        told, hindered = would(disk, *RULES, "--qmp", it.qmp_socket, "--device", "vda")
+        assert told == TOLD.format("would delete")
+        assert "its qcow2 ones are disk" in hindered
         with it.guest() as guest:
             guest.pwrite(b"new" * 100, 0)
         it.take("now")
         through = ("--qmp", it.qmp_socket, "--device", "disk")
+        assert "would delete" in qcow2snap("prune", disk, *RULES, *through, "--dry-run")
         out = qcow2snap("prune", disk, "--match", "*-*", *RULES, *through)
         assert out == TOLD.format("delete")
         with it.guest() as guest:
@@ -514,12 +553,12 @@ def test_it_has_to_be_the_file_that_qemu_has_open(disk: Path, tmp_path: Path) ->
     copy.write_bytes(disk.read_bytes())
     with live.running(disk) as it:
         through = ("--keep-last", "1", "--qmp", it.qmp_socket, "--device")
-        assert "'disk' has other snapshots in QEMU than" in fails("prune", other, *through, "disk")
-        said = fails("prune", copy, *through, "disk")
+        assert "'disk' has other snapshots in QEMU than" in refused(other, *through, "disk")
+        said = refused(copy, *through, "disk")
         assert f"QEMU has '{disk}' open: '{copy}' is another file" in said
-        assert "its qcow2 ones are disk" in fails("prune", disk, *through, "vda")
-        assert "is file, not qcow2" in fails("prune", disk, *through, "file")
-        assert "given twice" in fails("prune", disk, *through, "disk", "--device", "disk")
+        assert "its qcow2 ones are disk" in refused(disk, *through, "vda")
+        assert "is file, not qcow2" in refused(disk, *through, "file")
+        assert "given twice" in refused(disk, *through, "disk", "--device", "disk")
     assert len(names(disk)) == len(names(copy)) == 10
 
 
@@ -543,6 +582,7 @@ def test_names_that_qmp_cannot_say(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         qemu.take(path, name)
     damage.rename(path, {"a": b"not UTF-8: \xff", "b": "ünïcode".encode()})
+    count_table(path)
     with live.running(path) as it:
         through = ("--qmp", it.qmp_socket, "--device", "disk")
         qcow2snap("prune", path, "--keep-last", "1", *through)
@@ -604,6 +644,6 @@ def test_another_disk_s_snapshots_must_be_the_same_ones(tmp_path: Path) -> None:
     with machine(disks[0], *more, "-qmp", f"unix:{socket},server=on,wait=off") as vm:
         device = vm.qmp("query-block")[0]["device"]
         given = ("--keep-last", "1", "--qmp", socket, "--device", device, "--device", "second")
-        said = fails("prune", disks[0], *given)
+        said = refused(disks[0], *given)
     assert "on device 'second' is of another time than snapshot 'old' (ID 1)" in said
     assert [names(disk) for disk in disks] == [["old", "new"]] * 2

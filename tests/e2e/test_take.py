@@ -27,7 +27,7 @@ from support.qemu import MiB
 from support.relay import relayed
 from support.server import ROOT
 
-from qcow2snap_core.host.qmp import FrozenGuest, QmpError
+from qcow2snap_core.host.qmp import FrozenGuest, Qmp, QmpError
 
 TAKE = [sys.executable, "-m", "qcow2snap_core", "take"]
 
@@ -384,6 +384,22 @@ def test_what_a_guest_says_is_one_line(qmp: Path, tmp_path: Path, case: str) -> 
     assert said in line
     assert line.isprintable()
     assert agent.asked[-1] == "guest-fsfreeze-thaw"
+
+
+def test_a_socket_that_another_program_holds_is_told_soon(qmp: Path, tmp_path: Path) -> None:
+    """The next client of QEMU's is only queued; so is that of a chardev with an agent."""
+    begun = time.monotonic()
+    with Qmp(str(qmp)), socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(f"{tmp_path}/agent")
+        nobody.listen()
+        words = [*TAKE, "--qmp", str(qmp), "--device", "d0", "x"]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            with pytest.raises(QmpError, match="does not answer: is another"):
+                FrozenGuest(f"{tmp_path}/agent")
+            _, line = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert time.monotonic() - begun < 30
+    assert f"'{qmp}' does not answer: is another program using it?" in line
 
 
 @pytest.mark.parametrize("command", ["guest-sync", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"])

@@ -59,3 +59,10 @@ def set_refcount(path: Path, cluster: int, count: int) -> None:
     mask = (1 << width) - 1
     byte = qemu.peek(path, offset, 1)[0] & ~(mask << low) | count << low
     qemu.patch(path, offset, bytes((byte,)))
+
+
+def count_table(path: Path) -> None:
+    """Count the clusters of a snapshot table that was put at the end of the file, as QEMU would."""
+    (bits,) = struct.unpack(">I", qemu.peek(path, 20, 4))
+    for cluster in range(qemu.field64(path, 64) >> bits, -(-path.stat().st_size >> bits)):
+        set_refcount(path, cluster, 1)

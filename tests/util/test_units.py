@@ -10,7 +10,7 @@ import pytest
 from support.qemu import run
 
 from qcow2snap_core.errors import UsageError
-from qcow2snap_core.util.units import binary, parse_size
+from qcow2snap_core.util.units import binary, counted, parse_size
 
 SIZES = [
     *("0", "1", "512", "64k", "64K", "64M", "1G", "2T", "3p", "7E", "2048s", "2048S", "10b", "10B"),
@@ -86,3 +86,9 @@ def test_a_size_is_shown_as_qemu_img_shows_it(tmp_path, size):
 
 def test_nothing_is_zero_bytes():
     assert binary(0) == "0 B"
+
+
+def test_one_is_singular() -> None:
+    assert counted(1, "range") == "1 range"
+    assert counted(1, "entry", "entries") == "1 entry"
+    assert [counted(n, "entry", "entries") for n in (0, 2000)] == ["0 entries", "2,000 entries"]

@@ -9,7 +9,7 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core examples tests benchmarks
 
-.PHONY: help demo test test-live compare-live check bench lint format deps deps-all deps-test
+.PHONY: help demo test test-long test-live compare-live check bench lint format deps deps-all deps-test
 .PHONY: simulation soak coverage
 .PHONY: mutants differential fuzz native install uninstall deb rpm reproducible site clean
 
@@ -19,6 +19,7 @@ help:
 	@echo "                     the same with an image of your own, which is only read"
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/image/test_disk.py"
+	@echo "make test-long       the tests of many random moments and states that make test leaves out"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make simulation      the guard against QEMU's writes in any order, 20,000 histories (two minutes;"
@@ -82,10 +83,15 @@ READING := tests/image/test_disk.py tests/image/test_guard.py tests/image/test_f
 	tests/e2e/test_encryption.py tests/e2e/test_catalogue.py tests/e2e/test_mutants.py \
 	tests/e2e/test_subcluster_bits.py tests/e2e/test_vm_state.py tests/e2e/test_threads.py
 check: deps-test $(DISSECT)/ready
-	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 ifeq ($(TESTS),tests)
-	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 $(READING) -k "not libgcrypt"
+	$(PYTHON) -m pytest -q -n 2 -m "not long" tests
+	QCOW2SNAP_NATIVE=0 $(PYTHON) -m pytest -q -n 2 -m "not long" $(READING) -k "not libgcrypt"
+else
+	$(PYTHON) -m pytest -q -n 2 $(TESTS)
 endif
+
+test-long: deps-test $(DISSECT)/ready
+	$(PYTHON) -m pytest -q -n 2 -m long tests
 
 # What reads XFS, Btrfs and LVM is on PyPI alone; without it those tests are left out.
 $(DISSECT)/ready: packaging/requirements-files.txt | $(VENV)/ready

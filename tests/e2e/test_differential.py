@@ -14,7 +14,9 @@ SEEDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [*SEEDS[:8], *(pytest.param(seed, marks=pytest.mark.long) for seed in SEEDS[8:])]
+)
 def test_everything_said_of_a_random_image_is_what_qemu_says(seed: int) -> None:
     (verdict,) = judged([seed], [], 1)
     assert not verdict.wrong, verdict.kept

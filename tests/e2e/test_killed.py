@@ -16,7 +16,10 @@ from support.qemu import MiB
 from support.running import eventually, started, until
 
 SIZE = 24 * MiB
-MOMENTS = 20
+MOMENTS = [
+    *range(5),
+    *(pytest.param(n, marks=pytest.mark.long) for n in range(5, 20)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def arguments(kind: str, made: dict[str, Path], out: Path) -> list[object]:
     return ["join", made["chain"] / "active.qcow2", out]
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("kind", ["copy", "update", "compact", "split", "join"])
 def test_killed_at_a_random_moment(
     made: dict[str, Path], tmp_path: Path, kind: str, moment: int
@@ -103,7 +106,7 @@ def test_the_next_run_removes_what_a_killed_one_left(
     check_whole(kind, made, tmp_path / "out")
 
 
-@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_an_update_in_place_is_completed_by_repeating_it(
     made: dict[str, Path], tmp_path: Path, moment: int
 ) -> None:

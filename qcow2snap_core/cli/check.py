@@ -15,13 +15,11 @@ from ..image.image import Image
 from ..storage.locks import is_written
 from ..tables.check import check
 from ..tables.findings import MOST, Finding
-from .common import add_image_options, open_from, print_json
+from .common import DAMAGED, add_image_options, open_from, print_json
 from .streams import say
 
 HELP = "look for damage in the metadata"
 EXAMPLE = "qcow2snap check disk.qcow2"
-
-DAMAGED = 3
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,9 @@ from ..util.passphrase import read_passphrase
 from ..util.wording import COMMAND, passphrase_key
 from .parser import SECONDS
 
+#: The exit status of what has found damage.
+DAMAGED: Final = 3
+
 #: nbdinfo's words for the types of extents
 WORDS: Final = {ALLOCATED: "data", HOLE_ZERO: "hole,zero"}
 

@@ -80,7 +80,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "snapshots were taken together",
     )
     parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
-    parser.set_defaults(usage_error=parser.error)
     add_image_options(parser)
 
 

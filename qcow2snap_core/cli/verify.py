@@ -13,12 +13,10 @@ from ..transfer.repository import stored_size
 from ..transfer.restore import verify
 from ..util.interrupts import deferred
 from ..util.units import binary, counted
-from .common import print_json
+from .common import DAMAGED, print_json
 
 HELP = "read all of a repository and compare it with its checksums"
 EXAMPLE = "qcow2snap verify /backup/disk"
-
-_DAMAGED = 3
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,4 +37,4 @@ def run(args: argparse.Namespace) -> int:
     if not wrong and not args.json:
         size = binary(stored_size(v.entry for v in verdicts))
         print(f"{counted(len(verdicts), 'snapshot')}, {size}: all is as it was written")
-    return _DAMAGED if wrong else 0
+    return DAMAGED if wrong else 0

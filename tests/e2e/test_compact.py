@@ -29,12 +29,7 @@ FORMATS: dict[str, dict[str, object]] = {
 
 def assert_same(path: Path, out: Path) -> None:
     """All that QEMU says of the two, and every byte."""
-    qemu.run("qemu-img", "check", "-q", out)
-    assert qemu.info(out)["snapshots"] == qemu.info(path)["snapshots"]
-    sizes = [[s.disk_size for s in qemu.snapshots(p).values()] for p in (path, out)]
-    assert sizes[0] == sizes[1]
-    for name in qemu.snapshots(path):
-        assert qemu.snapshot_content(out, name) == qemu.snapshot_content(path, name)
+    qemu.assert_same_snapshots(out, path)
     qemu.run("qemu-img", "compare", "-q", path, out)
 
 

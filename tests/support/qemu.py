@@ -256,3 +256,14 @@ class RandomImage:
         cluster = int(str(self.options.get("cluster_size", 64 * KiB)))
         start = rng.randrange(-(-self.size // cluster)) * cluster
         return f"{start} {min(cluster, self.size - start)}"
+
+
+def assert_same_snapshots(path: Path, other: Path) -> None:
+    """An image is without damage, and has the snapshots of the other: all that QEMU says of them,
+    and every byte."""
+    run("qemu-img", "check", "-q", path)
+    assert info(path)["snapshots"] == info(other)["snapshots"]
+    ours, theirs = snapshots(path), snapshots(other)
+    assert [s.disk_size for s in ours.values()] == [s.disk_size for s in theirs.values()]
+    for name in theirs:
+        assert snapshot_content(path, name) == snapshot_content(other, name)

@@ -9,7 +9,7 @@ RUFF := $(VENV)/bin/ruff
 MYPY := $(VENV)/bin/mypy
 SOURCES := plugin qcow2snap_core examples tests benchmarks
 
-.PHONY: help demo test test-long test-live compare-live check bench lint format deps deps-all deps-test
+.PHONY: help demo test test-on test-long test-live compare-live check bench lint format deps deps-all deps-test
 .PHONY: simulation soak coverage
 .PHONY: mutants differential fuzz native install uninstall deb rpm reproducible site clean
 
@@ -20,6 +20,9 @@ help:
 	@echo "make test            everything that must pass: lint and check"
 	@echo "make check           the test suite alone; one test: make check TESTS=tests/image/test_disk.py"
 	@echo "make test-long       the tests of many random moments and states that make test leaves out"
+	@echo "make test-on SUITE=trixie"
+	@echo "                     make test in another Debian, which debootstrap fetches into build/on/;"
+	@echo "                     RUN=bench another target there"
 	@echo "make test-live       the tests beside a running QEMU, at full length (a quarter of an hour)"
 	@echo "make compare-live    what qemu-nbd -l returns where those tests want EIO; it passes always"
 	@echo "make simulation      the guard against QEMU's writes in any order, 20,000 histories (two minutes;"
@@ -92,6 +95,12 @@ endif
 
 test-long: deps-test $(DISSECT)/ready
 	$(PYTHON) -m pytest -q -n 2 -m long tests
+
+# Variables of this command line reach the make in there.
+SUITE ?= trixie
+test-on: RUN = test
+test-on:
+	@packaging/test-on $(SUITE) $(RUN)
 
 # What reads XFS, Btrfs and LVM is on PyPI alone; without it those tests are left out.
 $(DISSECT)/ready: packaging/requirements-files.txt | $(VENV)/ready

@@ -9,17 +9,19 @@ _SUFFIXES: Final = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, 
 
 
 def parse_size(text: str) -> int:
-    """Bytes, from what nbdkit's own plugins accept: ``512``, ``64k``, ``1G``, ``2048s`` (sectors).
+    """Bytes, from what nbdkit's own plugins accept: ``512``, ``64k``, ``1G``, ``2048s`` (sectors),
+    ``0x10000`` (nbdkit since 1.48).  ``010`` is ten, as it was for nbdkit before.
 
     nbdkit's parser prints an error line of its own, which does not name the key; hence this one.
     Raises UsageError.
     """
     import re
 
-    found = re.fullmatch(r"\+?(\d+)([a-z]?)", text.lower(), re.ASCII)
+    # Every letter that can be a hexadecimal digit is one: 0x10b has no unit.
+    found = re.fullmatch(r"\+?(0x[0-9a-f]+|\d+)([a-z]?)", text.lower(), re.ASCII)
     if found is None or found[2] not in _SUFFIXES:
         raise UsageError(f"{text!r} is no size: give bytes, or a number with a unit, like 64M")
-    size = int(found[1]) << _SUFFIXES[found[2]]
+    size = int(found[1], 16 if found[1].startswith("0x") else 10) << _SUFFIXES[found[2]]
     if size >= 1 << 63:
         raise UsageError(f"{text!r} is too large a size")
     return size

@@ -25,8 +25,7 @@ pytestmark = pytest.mark.skipif(loaded.ENGINE is None, reason=loaded.MISSING or 
 
 # The sanitizers are for this process, not for QEMU's tools.
 SANITIZED = os.environ.get("QCOW2SNAP_SANITIZED") == "1"
-if SANITIZED:
-    os.environ.pop("LD_PRELOAD", None)
+PRELOAD = os.environ.pop("LD_PRELOAD", "") if SANITIZED else ""
 
 SIZE = 4 * MiB
 CLUSTER = 64 * KiB
@@ -384,7 +383,8 @@ def test_a_second_interpreter_goes_without():
         "assert failed is None, failed.formatted\n"
         "_interpreters.destroy(second)"
     )
-    qemu.run(sys.executable, "-W", "error", "-c", script, cwd=ROOT)
+    env = {**os.environ, "LD_PRELOAD": PRELOAD}  # it loads the engine
+    qemu.run(sys.executable, "-W", "error", "-c", script, cwd=ROOT, env=env)
 
 
 def test_a_free_threaded_python_goes_without():

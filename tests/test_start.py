@@ -123,3 +123,14 @@ def test_the_library_leaves_construct_as_it_is() -> None:
         "assert sys.modules['construct.debug'].__file__, 'a stub'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_without_construct_one_line_names_its_package() -> None:
+    script = (
+        "import sys; sys.modules['construct'] = None; from qcow2snap_core import cli; "
+        "sys.exit(cli.main(['check', 'disk.qcow2']))"
+    )
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    expected = "qcow2snap: Python's module construct is missing: install python3-construct\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)

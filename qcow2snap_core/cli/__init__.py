@@ -103,6 +103,10 @@ def _run(argv: Sequence[str]) -> int:
         return int(e.code or 0)
     except Error as e:
         return _fail(str(e))
+    except ModuleNotFoundError as e:
+        if e.name != "construct":  # all others are optional, and asked for where they are used
+            raise
+        return _fail("Python's module construct is missing: install python3-construct")
     except Interrupted as e:
         return e.status
     except KeyboardInterrupt:

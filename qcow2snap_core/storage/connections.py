@@ -26,7 +26,7 @@ from threading import Condition
 from typing import Any, Final
 
 from ..errors import Error, StorageError
-from ..util.interrupts import raise_if_interrupted
+from ..util.interrupts import interrupted, raise_if_interrupted
 from .libnbd import absolute, libnbd, message_of, without_secrets
 from .local import closed
 
@@ -89,7 +89,7 @@ class Connections:
             idle, self._idle = self._idle, []
             self._changed.notify_all()
         for connection in idle:
-            self._end(connection)
+            disconnect(connection.handle, 0)
 
     # --- Taking turns ---
 
@@ -110,7 +110,7 @@ class Connections:
                     if connection.generation == self._generation:
                         return connection
                     self._made -= 1
-                    self._end(connection)
+                    disconnect(connection.handle, 0)
                     continue
                 self._made += 1
                 alone = self._made == 1
@@ -138,7 +138,7 @@ class Connections:
                 self._idle.append(connection)
             else:
                 self._made -= 1
-                self._end(connection)
+                disconnect(connection.handle, 0)
             self._changed.notify()
 
     def take_idle(self) -> Connection | None:
@@ -200,7 +200,7 @@ class Connections:
                 self._made += 1
                 self.give(connection)
                 return True
-        self._end(connection)
+        disconnect(connection.handle, 0)
         return True
 
     def _make_room(self) -> bool:
@@ -210,7 +210,7 @@ class Connections:
                 return False
             self._made -= 1
             old = self._idle.pop(0)
-        self._end(old, self._patience_for_more)
+        disconnect(old.handle, self._patience_for_more)
         return True
 
     # --- Inside ---
@@ -255,17 +255,21 @@ class Connections:
             self._measured = time.monotonic()
             return Connection(handle, size, self._generation)
 
-    def _end(self, connection: Connection, patience: float = 0) -> None:
-        """Say goodbye, and wait for the answer for that many seconds at the most."""
-        handle = connection.handle
-        try:
-            if connection.buffer is None and handle.aio_is_ready():
-                handle.aio_disconnect()
-                deadline = time.monotonic() + patience
-                while not handle.aio_is_closed() and (left := deadline - time.monotonic()) > 0:
-                    handle.poll(max(1, int(left * 1000)))
-        except self._nbd.Error:
-            pass
+
+def disconnect(handle: Any, patience: float) -> None:
+    """Say goodbye, and wait for the answer for that many seconds at the most.  Where an answer to
+    something else is still to come, nothing is said: dropping the handle ends the connection."""
+    try:
+        if handle.aio_is_ready() and not handle.aio_in_flight():
+            handle.aio_disconnect()
+            deadline = time.monotonic() + patience
+            while not handle.aio_is_closed() and not interrupted():
+                left = min(deadline - time.monotonic(), _SLICE)
+                if left <= 0:
+                    break
+                handle.poll(max(1, int(left * 1000)))
+    except libnbd().Error:
+        pass  # it is gone already
 
 
 def _max_request(handle: Any) -> int:

@@ -16,7 +16,8 @@ from ..storage.local import open_storage
 from .job import Job
 from .judge import Place
 from .mover import THREADS, RawSource
-from .targets import NbdTarget, Target, open_device
+from .nbdtarget import NbdTarget
+from .targets import Target, open_device
 from .updates import Base, no_record
 from .verify import Readable
 
@@ -32,7 +33,8 @@ class Export:
         name = without_secrets(self.place.name)
         check_knows(name, job, self._base)
         uri = self.place.name
-        export = NbdTarget(uri, lambda handle: handle.connect_uri(uri), THREADS)
+        patience = job.image.options.remote_timeout
+        export = NbdTarget(uri, lambda handle: handle.aio_connect_uri(uri), THREADS, patience)
         _write_over(export, export, name, job, self._base)
 
 

@@ -17,7 +17,7 @@ from ..errors import StorageError, UsageError, escaped
 from ..format.header import Header
 from ..util.interrupts import raise_if_interrupted
 from .mover import THREADS
-from .targets import NbdTarget
+from .nbdtarget import NbdTarget
 
 _IMAGE: Final = "QCOW2SNAP_IMAGE"
 _DIRECTORY: Final = "QCOW2SNAP_DIRECTORY"

@@ -105,6 +105,11 @@ def deferred() -> Iterator[None]:
             raise
 
 
+def interrupted() -> bool:
+    """Whether a signal has come: for what an error would keep from being cleaned up."""
+    return bool(_noted)
+
+
 def raise_if_interrupted() -> None:
     """Raises Interrupted when a signal has come."""
     if _noted:

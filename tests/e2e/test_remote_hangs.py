@@ -13,7 +13,7 @@ import pytest
 from support import command, qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.remote import remote
-from support.running import started, until
+from support.running import eventually, started, until
 from support.server import refused, serve
 
 FOREVER = "1000000"
@@ -129,3 +129,80 @@ def test_ctrl_c_while_it_reads(tmp_path: Path, image: Path, words: list[str], fi
         hold.unlink()
     assert (process.returncode, out, err) == (130, "", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.qcow2", "holding.py"]
+
+
+# A target that hangs in one kind of request as long as there is a file, and says so.
+TARGET = """
+import os, time
+import nbdkit
+API_VERSION = 2
+keys = {}
+disk = bytearray(8 << 20)
+def config(key, value): keys[key] = value
+def hang(request):
+    if request == keys["in"]:
+        with __builtins__.open(keys["hold"], "w") as f: f.write("reached")
+        while os.path.exists(keys["hold"]): time.sleep(0.01)
+def open(readonly): return 1
+def get_size(h): return len(disk)
+def can_multi_conn(h): return keys["many"] == "yes"
+def pread(h, buffer, offset, flags):
+    hang("read")
+    buffer[:] = disk[offset : offset + len(buffer)]
+def pwrite(h, buffer, offset, flags):
+    hang("write")
+    disk[offset : offset + len(buffer)] = buffer
+def zero(h, count, offset, flags):
+    hang("zero")
+    disk[offset : offset + count] = bytes(count)
+def flush(h, flags): hang("flush")
+def close(h): hang("close")
+"""
+
+
+@contextmanager
+def target(directory: Path, where: str, many: str) -> Iterator[tuple[str, Path]]:
+    script, hold = directory / "target.py", directory / "hold"
+    script.write_text(TARGET)
+    hold.touch()
+    with remote("python", script, f"hold={hold}", f"in={where}", f"many={many}") as server:
+        yield server.uri, hold
+        hold.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("many", ["yes", "no"], ids=["four connections", "one"])
+@pytest.mark.parametrize("where", ["write", "zero", "flush", "read"])
+def test_ctrl_c_while_the_target_hangs(tmp_path: Path, image: Path, where: str, many: str) -> None:
+    with (
+        target(tmp_path, where, many) as (uri, hold),
+        started("copy", image, "one", uri) as process,
+    ):
+        until(lambda: hold.read_text() == "reached", process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_target_that_hangs_when_all_is_done_is_left(tmp_path: Path, image: Path) -> None:
+    with target(tmp_path, "close", "no") as (uri, hold):
+        words = ["copy", image, "one", uri, "--remote-timeout", "0.3"]
+        assert command.here(*words).startswith(f"{uri}: ")
+        eventually(lambda: hold.read_text() == "reached")
+
+
+def test_a_target_that_never_says_anything_is_one_line(tmp_path: Path, image: Path) -> None:
+    with silent(tmp_path) as (_, uri):
+        said = command.fails("copy", image, "one", uri, "--remote-timeout", "0.3")
+    assert said.endswith(f"cannot open '{uri}': the server has not answered for 0.3 s")
+
+
+def test_ctrl_c_while_the_target_lets_nobody_in(tmp_path: Path, image: Path) -> None:
+    with (
+        silent(tmp_path) as (listening, uri),
+        started("copy", image, "one", uri, "--remote-timeout", FOREVER) as process,
+    ):
+        connection, _ = listening.accept()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        connection.close()
+    assert (process.returncode, out, err) == (130, "", "")

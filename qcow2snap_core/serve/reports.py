@@ -7,6 +7,7 @@ format_exception returns; there is no other way in, except for a line that is no
 from __future__ import annotations
 
 import ctypes
+import sys
 import traceback
 from types import TracebackType
 from typing import Any, Final
@@ -14,6 +15,7 @@ from typing import Any, Final
 from ..errors import Error, ImageError
 
 _format_exception: Final = traceback.format_exception
+_NO_MEMORY: Final = ("out of memory",)
 
 
 def in_one_line() -> None:
@@ -21,6 +23,10 @@ def in_one_line() -> None:
 
     Any other exception is a bug and keeps its traceback.
     """
+    error = sys.exc_info()[1]
+    if isinstance(error, MemoryError):
+        # nbdkit prints this text where there is no memory for the call of format_exception either.
+        error.args = _NO_MEMORY
     traceback.format_exception = _one_line  # type: ignore[assignment]
 
 
@@ -43,7 +49,7 @@ def _one_line(
     if isinstance(error, Error):
         lines = [str(error)]
     elif isinstance(error, MemoryError):
-        lines = ["out of memory"]
+        lines = [*_NO_MEMORY]
     else:
         lines = _format_exception(kind, value, trace, *args, **kwargs)  # type: ignore[arg-type]
     _forget(error, trace)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from ..errors import ImageError, UsageError, shown
+from ..errors import ImageError, UsageError, escaped, shown
 from ..image.disk import Disk
 from ..util.units import binary, counted
 from . import journal, kinds
@@ -164,13 +164,16 @@ def _volume(disk: Window, snapshot: str, part: str | None) -> Window:
 
 
 def _opened(window: Window, kind: str, back_ends: tuple[str, ...]) -> Any:
+    broken = ""
     for name in back_ends:
         try:
             return _MAKE[name](window, kind)
-        except ImportError:
+        except ModuleNotFoundError:
             continue
+        except ImportError as e:  # dissect.target 3.25 with Python 3.14
+            broken += f"; the {name} that is here does not load: {escaped(str(e))}"
     which = " or ".join(_INSTALL[b].format(_PARTS.get(kind, kind.lower())) for b in back_ends)
-    raise UsageError(f"to read {kind} filesystems install {which}")
+    raise UsageError(f"to read {kind} filesystems install {which}{broken}")
 
 
 def _judge_ext(window: Window, back_ends: tuple[str, ...]) -> tuple[str, ...]:

@@ -197,6 +197,19 @@ def test_a_snapshot_with_a_colon_in_its_name(tmp_path: Path, tree: Path) -> None
     assert "it has no partitions" in fails("ls", image, "a:1:2")
 
 
+def test_a_library_that_does_not_load_says_why(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "here" / "dissect" / "target" / "filesystems"
+    broken.mkdir(parents=True)
+    (broken / "extfs.py").write_text("from glob import for_another_python\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "here"))
+    image = snapshot_of(make_filesystem("ext4", tree, tmp_path / "disk.raw"))
+    said = fails("ls", image, "one", "--backend", "dissect")
+    assert "install dissect.target with dissect.extfs (pip); the dissect that is here" in said
+    assert "does not load: cannot import name 'for_another_python' from 'glob'" in said
+
+
 def test_lvm(tmp_path: Path, tree: Path) -> None:
     needs("ext4", "dissect")
     if os.geteuid() or not os.access("/dev/loop-control", os.W_OK):

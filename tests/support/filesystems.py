@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -34,8 +35,13 @@ _TOOLS = {
 }
 
 
+@cache
 def has_dissect() -> bool:
-    return DISSECT.exists() or importlib.util.find_spec("dissect") is not None
+    """Whether it loads: dissect.target 3.25 is there, and does not, with Python 3.14."""
+    script = "import dissect.target.filesystems.extfs"
+    env = {**os.environ, "PYTHONPATH": str(DISSECT)}
+    line = [sys.executable, "-c", script]
+    return subprocess.run(line, env=env, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def needs(kind: str, backend: str) -> None:

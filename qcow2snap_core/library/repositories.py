@@ -62,9 +62,9 @@ def restore(
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
-    """Make an image with all snapshots of a repository again; or with ``snapshot``, copy the disk of
-    one.  ``snapshot`` is its file in the repository, its ID or its name; of several the newest is
-    meant.  ``target`` can then be whatever the target of :func:`copy` can be.
+    """Make an image with all snapshots of a repository again; or with ``snapshot``, copy the disk
+    of one.  ``snapshot`` is its file in the repository, its ID or its name; of several the newest
+    is meant.  ``target`` can then be whatever the target of :func:`copy` can be.
 
     The files are compared with their checksums first.  The keywords are those of :func:`split`.
     Returns the names of the snapshots.  Raises as :func:`copy`, and ImageError when the repository

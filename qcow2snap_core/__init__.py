@@ -9,9 +9,9 @@
 1 weekly
 2 nightly
 
-``__all__`` is all that is public, and docs/library.md describes it; the modules below are not.
-Each name is imported when it is first used: importing the package costs next to nothing, and the
-plugin, which uses the modules themselves, pays for none of this.
+Only the names in ``__all__`` are public; docs/library.md describes them.  Each is imported when it
+is first used.  So importing the package takes almost no time, and the plugin, which uses the
+modules below directly, loads nothing of the library.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
 MANUAL = {"qcow2snap": "qcow2snap(1)", "nbdkit-qcow2snap-plugin": "nbdkit-qcow2snap-plugin(1)"}
 # What stands at the side, under which heading.  Pages of docs/ that are not named are under the first.
 CONTENTS = {
-    "Using it": ["docs/recipes", "docs/library", "examples/index"],
+    "Using it": ["docs/install", "docs/recipes", "docs/library", "examples/index"],
     "Manual pages": [f"man/{page}" for page in MANUAL],
     "How it works": ["docs/live", "docs/security", "docs/performance", "docs/validation"],
     "The project": [
@@ -37,6 +37,7 @@ def run(*command: object) -> str:
 def moved(text: str) -> str:
     """The links to what lies elsewhere in the site."""
     text = re.sub(r"\]\(((?:\.\./)*)README\.md", r"](\1index.md", text)
+    text = re.sub(r"\]\(docs/([\w-]+)\.pod\)", r"](man/\1.md)", text)
     return re.sub(r"\]\(((?:\.\./)*)examples/\)", r"](\1examples/index.md)", text)
 
 

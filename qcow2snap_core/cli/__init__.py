@@ -139,7 +139,7 @@ def _needed(argv: Sequence[str]) -> Sequence[str]:
 def whole_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = Parser(
         prog="qcow2snap",
-        description="List, compare, check and convert the internal snapshots of qcow2 images.",
+        description="List, compare, copy, serve and back up internal snapshots of qcow2 images.",
     )
     engine = "no" if ENGINE is None else "yes"
     version = f"qcow2snap {__version__} (native engine: {engine})"

@@ -1,11 +1,11 @@
 """Add the snapshots of an image that a repository does not have yet, each with only what changed.
 
-REPOSITORY is a directory, made by the first backup, in which each snapshot is a qcow2 file over
-another one, and a VM state a raw file: qemu-img reads them without this program. qcow2snap.json has
-their names, IDs, dates and checksums. The image may be in use by a running QEMU, which may take and
-delete snapshots meanwhile. A snapshot counts when it has been read back and compared with the
-image; what is interrupted is done again by the next backup. What was deleted in the image stays in
-the repository. The files are not encrypted."""
+REPOSITORY is a directory, which the first backup makes. Each snapshot in it is a qcow2 file on
+top of another one, and a VM state is a raw file, so qemu-img can read them without this program.
+qcow2snap.json has their names, IDs, dates and checksums. A running QEMU may have the image open,
+and may take and delete snapshots meanwhile. A snapshot is in the repository when it has been
+read back and compared with the image. If a backup is interrupted, the next one continues.
+Snapshots that are deleted in the image stay in the repository. The files are not encrypted."""
 
 from __future__ import annotations
 
@@ -29,12 +29,18 @@ EXAMPLE = "qcow2snap backup --compress zstd disk.qcow2 /backup/disk"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument(
-        "repository", metavar="REPOSITORY", help="a directory: absent, empty, or a repository"
+        "repository",
+        metavar="REPOSITORY",
+        help="a repository, or a directory that does not exist or is empty",
     )
     parser.add_argument(
-        "--compress", choices=COMPRESSIONS, help="compress what is not compressed in FILE"
+        "--compress",
+        choices=COMPRESSIONS,
+        help="compress the clusters that are not compressed in FILE",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON array of what was added")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array of what was added"
+    )
     add_no_verify(parser)
     add_image_options(parser)
 

@@ -1,6 +1,6 @@
 """Write one file in a snapshot to standard output.
 
-A file that cannot be read to its end is an error, whatever was written before."""
+If the file cannot be read to its end, the exit status is 1, even if a part of it was written."""
 
 from __future__ import annotations
 

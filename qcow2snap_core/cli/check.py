@@ -1,8 +1,10 @@
-"""Read all metadata and report what is out of bounds, overlapping or not counted, of everything or
-of what concerns one snapshot.  Nothing is changed, and nobody should be writing to the image.  With
---data every cluster is read as well, and decoded, once however many snapshots have it.  The status
-is 0 if nothing is damaged, though clusters may be leaked, 3 if something is damaged, 1 if it could
-not be checked."""
+"""Read all metadata, and report what is out of bounds, overlapping or not counted. With SNAPSHOT,
+report only what concerns that snapshot. Nothing is changed, and nobody should be writing to the
+image. With --data, read and decode every cluster as well, each one once, however many snapshots
+use it.
+
+The exit status is 0 if nothing is damaged (there may be leaked clusters), 3 if something is
+damaged and 1 if the image could not be checked."""
 
 from __future__ import annotations
 
@@ -18,17 +20,17 @@ from ..tables.findings import MOST, Finding
 from .common import DAMAGED, add_image_options, open_from, print_json
 from .streams import say
 
-HELP = "look for damage in the metadata"
+HELP = "look for damage in an image"
 EXAMPLE = "qcow2snap check disk.qcow2"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument(
-        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name; without, everything"
+        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name; if omitted, all are checked"
     )
-    parser.add_argument("--data", action="store_true", help="read and decode every cluster, too")
-    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument("--data", action="store_true", help="read and decode every cluster as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
     add_image_options(parser)
 
 

@@ -38,14 +38,14 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--disk",
         metavar="TARGET",
-        help="which disk of libvirt:DOMAIN, in place of a file, is meant: vda, say",
+        help="with libvirt:DOMAIN in place of a file: which of its disks, for example vda",
     )
     group.add_argument(
         "--allow-dir",
         metavar="DIR",
         action="append",
         default=[],
-        help="a further directory in which backing files may lie; / trusts every path",
+        help="a further directory in which backing and data files may lie; / trusts every path",
     )
     group.add_argument(
         "--allow-file",
@@ -63,14 +63,14 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--passphrase",
         dest="passphrase_0",
         metavar="SECRET|+FILE|-|-FD",
-        help="of an encrypted image; --passphrase.1 that of its backing file, and so on",
+        help="for an encrypted image; --passphrase.1 is for its backing file, and so on",
     )
     group.add_argument(
         "--remote-timeout",
         type=SECONDS,
         default=Options().remote_timeout,
         metavar="SECONDS",
-        help="give up when an NBD server is silent for so long; default: 30",
+        help="give up when an NBD server sends nothing for this long (default: 30)",
     )
 
 

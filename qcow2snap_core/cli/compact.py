@@ -1,9 +1,10 @@
-"""Copy an image with all its snapshots, and without what deleted ones have left behind.
+"""Copy an image with all its snapshots, without the space that deleted snapshots have left.
 
-Every snapshot keeps its ID, name, dates, clock and VM state; each cluster is written once, however
-many snapshots share it, and those that are compressed stay so. A backing file of FILE is that of
-OUT as well. OUT is not encrypted. FILE is only read, and must not be in use. OUT appears when it is
-whole: when every snapshot in it has been read back and compared with the one in FILE."""
+Every snapshot keeps its ID, name, date, clock and VM state. Each cluster is written once,
+however many snapshots share it, and compressed clusters stay compressed. OUT has the same
+backing file as FILE, and is not encrypted. FILE is only read, and must not be in use. OUT
+appears when it is complete: when every snapshot in it has been read back and compared with the
+one in FILE."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from .common import (
 )
 from .streams import warn
 
-HELP = "copy an image with all its snapshots, and nothing else"
+HELP = "copy an image with all its snapshots, without unused space"
 EXAMPLE = "qcow2snap compact disk.qcow2 small.qcow2"
 
 
@@ -32,9 +33,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compress",
         choices=COMPRESSIONS,
-        help="compress what is not compressed in FILE",
+        help="compress the clusters that are not compressed in FILE",
     )
-    add_force(parser, "replace OUT if it is a file that is there")
+    add_force(parser, "replace OUT if it is an existing file")
     add_no_verify(parser)
     add_image_options(parser)
 

@@ -1,20 +1,23 @@
-"""Copy a snapshot to a file, a block device, an NBD export, a FIFO or standard output.
+"""Copy a snapshot to a file, a block device, an NBD export, a FIFO or standard output (-).
 
-A file is raw, and holes stay holes; one whose name ends in .qcow2 is a qcow2 image, compressed with
---compress. It appears when it is whole, and takes the place of another only with --force. TARGET -
-is standard output. NEW may be NAME/vmstate, the machine's state that was saved with a snapshot.
+A file is raw, with holes where the disk has zeros. If its name ends in .qcow2 it is a qcow2
+image, which --compress compresses. The file appears when it is complete, and replaces another
+file only with --force. NEW may be NAME/vmstate, the state of the machine that was saved with
+snapshot NAME.
 
-With --since only what changed since the snapshot OLD is written, and TARGET must hold OLD already.
-A file that was copied knows what it holds, and is refused when that is not OLD; for what does not
-know, files that other programs made, devices and NBD exports, --verify-base compares all that will
-not be written, and --trust-base goes without. A file is duplicated first, which is free on Btrfs
-and XFS and otherwise needs the time and the space; --in-place goes without.
+With --since, write only what changed since the snapshot OLD; TARGET must already hold OLD. A
+file that this command has made has a record of what it holds, and is refused if that is not OLD.
+Devices, NBD exports and files made by other programs have no record: --verify-base first
+compares all of TARGET that will not be written, --trust-base omits that. A file is duplicated
+before it is updated, which costs nothing on Btrfs and XFS but time and space elsewhere;
+--in-place omits that.
 
-Devices and NBD exports are always written in place, then read back and compared. When a copy in
-place is interrupted TARGET is a mixture: repeat the same command to complete it.
+Devices and NBD exports are always written in place, then read back and compared. If a copy in
+place is interrupted, TARGET is a mixture; run the same command again to complete it.
 
-With --salvage a damaged snapshot goes to a new raw file all the same. What cannot be read is zeros
-there and has a line in MAP, in the format of GNU ddrescue; the status is then 1."""
+With --salvage, copy what can be read of a damaged snapshot to a new raw file. What cannot be
+read is zeros in the file and has a line in MAP, in the format of GNU ddrescue. The exit status
+is then 1."""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ EXAMPLE = "qcow2snap copy disk.qcow2 --since monday tuesday /backup/disk.raw"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
-    parser.add_argument("--format", choices=FORMATS, help="of a file; its name decides otherwise")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="the format of a file, whatever its name is"
+    )
     parser.add_argument(
         "--compress",
         choices=COMPRESSIONS,
@@ -62,26 +67,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         const="zlib",
         help="compress the clusters of a qcow2 file",
     )
-    add_force(parser, "replace TARGET if it is a file that is there")
+    add_force(parser, "replace TARGET if it is an existing file")
     parser.add_argument("--since", metavar="OLD", help="the snapshot that TARGET holds now")
-    parser.add_argument("--in-place", action="store_true", help="update a file without a copy")
+    parser.add_argument(
+        "--in-place", action="store_true", help="update the file itself, not a copy of it"
+    )
     base = parser.add_mutually_exclusive_group()
     base.add_argument(
         "--verify-base",
         dest="base",
         action="store_const",
         const=Base.COMPARED,
-        help="compare what TARGET holds and will keep before anything is written",
+        help="first compare all of TARGET that will not be written",
     )
     base.add_argument(
         "--trust-base",
         dest="base",
         action="store_const",
         const=Base.TRUSTED,
-        help="do not ask TARGET whether it holds OLD: devices and NBD exports do not know",
+        help="do not check whether TARGET holds OLD",
     )
     parser.add_argument(
-        "--salvage", metavar="MAP", help="go past what cannot be read, and map it in this new file"
+        "--salvage", metavar="MAP", help="skip what cannot be read, and list it in this new file"
     )
     parser.add_argument("new", metavar="NEW", help="the snapshot, by ID or name")
     parser.add_argument("target", metavar="TARGET", help="a path, an NBD URI, or -")

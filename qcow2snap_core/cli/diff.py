@@ -1,9 +1,10 @@
-"""List what a backup made at OLD must copy to become NEW: offset, length and type of what may
-differ, type 0 for data and 3 for what is zero now.  It comes from the tables, no data is read.
-NEW may be @active, if nobody writes to the image. On a terminal the last line has the totals.
+"""List the ranges that a backup made at OLD must copy to become NEW: offset, length and type. Type
+0 is data that may differ, type 3 is what is zero in NEW. The list comes from the tables; no data
+is read. OLD and NEW may be @active if nobody writes to the image. On a terminal the last line
+has the totals.
 
-With --files the files that changed are listed instead, OLD and NEW being SNAPSHOT[:PARTITION]: by
-their metadata, and where that differs by their content."""
+With --files, list the files that changed instead; OLD and NEW are then SNAPSHOT[:PARTITION].
+Files are compared by their metadata, and by content if the metadata differ."""
 
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ from ..util.units import binary
 from .common import disk_named, map_line, open_from, print_json
 from .guest import add_guest_options
 
-HELP = "what changed from one snapshot to another"
+HELP = "list what changed from one snapshot to another"
 EXAMPLE = "qcow2snap diff disk.qcow2 weekly nightly"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument("old", metavar="OLD", help="ID or name of a snapshot, or @active")
-    parser.add_argument("new", metavar="NEW", help="the same")
-    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument("new", metavar="NEW", help="ID or name of a snapshot, or @active")
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--files", action="store_true", help="list the files that changed")
-    parser.add_argument("--content", action="store_true", help="compare each file's content")
+    parser.add_argument(
+        "--content", action="store_true", help="with --files: compare the content of all files"
+    )
     add_guest_options(parser)
 
 

@@ -1,9 +1,9 @@
-"""Write a file or a directory in a snapshot, with all that is in it, into the directory DIR.
+"""Write a file or directory in a snapshot, with everything in it, into the directory DIR.
 
-What a guest wrote is untrusted: nothing is written outside of DIR, and all is judged before
-anything is written. Symbolic links that lead elsewhere, devices, FIFOs and sockets are left out,
-which is said; setuid bits are dropped, and the files belong to whoever runs the command. A file is
-there whole or not at all."""
+What a guest has written is untrusted: everything is checked before anything is written, and
+nothing is written outside of DIR. Symbolic links that lead elsewhere, devices, FIFOs and sockets
+are left out, and a line says so. Setuid bits are dropped, and the files belong to whoever runs
+the command. A file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,14 +27,26 @@ EXAMPLE = "qcow2snap extract disk.qcow2 nightly:1 /etc restored"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_place(parser, needed=True)
-    parser.add_argument("directory", metavar="DIR", nargs="?", default=".", help="default: here")
-    parser.add_argument("--as", dest="name", metavar="NAME", help="another name than in the guest")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
     parser.add_argument(
-        "--max-files", metavar="N", type=int, default=MOST_ENTRIES, help="give up beyond so many"
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        default=".",
+        help="where to write (default: the current directory)",
     )
     parser.add_argument(
-        "--max-bytes", metavar="SIZE", type=SIZE, help="give up beyond it; default: what is free"
+        "--as", dest="name", metavar="NAME", help="the name in DIR, if not that in the guest"
+    )
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    parser.add_argument(
+        "--max-files",
+        metavar="N",
+        type=int,
+        default=MOST_ENTRIES,
+        help="write nothing if there are more entries",
+    )
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", type=SIZE, help="write nothing if there are more bytes"
     )
     add_guest_options(parser)
 

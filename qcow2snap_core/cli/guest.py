@@ -20,7 +20,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-journal",
         action="store_true",
-        help="read the filesystem as it lies, without what is in its journal",
+        help="read the filesystem without replaying its journal",
     )
     add_image_options(parser)
 
@@ -31,7 +31,7 @@ def add_place(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     parser.add_argument(
         "snapshot",
         metavar="SNAPSHOT[:PARTITION]",
-        help="ID or name, and the number of a partition or VG/LV where there are several",
+        help="ID or name; the partition is a number or VG/LV, and needed if there are several",
     )
     how = {} if needed else {"nargs": "?", "default": "/"}
     parser.add_argument("path", metavar="PATH", help="in the guest's filesystem", **how)  # type: ignore[arg-type]

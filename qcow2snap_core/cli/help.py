@@ -1,15 +1,17 @@
-"""Show what the commands are, or how one of them is used: what --help shows."""
+"""Show what the commands are, or how one of them is used: the same as --help."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "how a command is used"
+HELP = "show how a command is used"
 EXAMPLE = "qcow2snap help copy"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("command", metavar="COMMAND", nargs="?", help="without, all of them")
+    parser.add_argument(
+        "command", metavar="COMMAND", nargs="?", help="a command; if omitted, all are listed"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

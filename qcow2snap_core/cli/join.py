@@ -1,9 +1,11 @@
-"""Make one image of an external chain, with an internal snapshot for each of its files, named
-after the file without the ending. The active disk is TOP's, and OUT has no backing file.
+"""Make one image of an external chain, with an internal snapshot for each file of the chain. A
+snapshot has the name of its file without the ending. The active disk is that of TOP, and OUT has
+no backing file.
 
-In a chain that split has made the files are the snapshots that they were, with ID, date and VM
-state, and the active disk is none. The chain is only read, and must not be in use. OUT is not
-encrypted; it appears when it is whole: when every snapshot has been read back and compared."""
+If split made the chain, the snapshots get back their IDs, names, dates and VM states, and the
+active disk does not become a snapshot. The chain is only read, and must not be in use. OUT is
+not encrypted. It appears when it is complete: when every snapshot has been read back and
+compared."""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ from .common import (
 )
 from .streams import warn
 
-HELP = "an external chain to one image with internal snapshots"
+HELP = "convert an external chain to one image with internal snapshots"
 EXAMPLE = "qcow2snap join chain/active.qcow2 disk.qcow2"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="TOP", help="the topmost image of the chain")
     parser.add_argument("out", metavar="OUT", help="the image to make")
-    add_force(parser, "replace OUT if it is a file that is there")
+    add_force(parser, "replace OUT if it is an existing file")
     add_no_verify(parser)
     add_image_options(parser)
 

@@ -1,14 +1,15 @@
 """List the snapshots of an image, with the space that deleting each one would free: the clusters
-that neither another snapshot nor the active disk uses. On a terminal long names are cut; columns
-in which nothing stands are left out.
+that neither another snapshot nor the active disk uses. On a terminal long names are cut. Columns
+that are empty for every snapshot are left out.
 
-With --tree a strip for each shows which parts of the disk it shares with older and newer ones, and
-which are its own. The width is the terminal's. With --free it is told what deleting several
-snapshots together frees, which is more than the sum where they share what nobody else has.
+With --tree, print a strip for each snapshot that shows which parts of the disk it shares with
+older and newer snapshots, and which it has alone. With --free, print how much space deleting
+several snapshots together would free. That is more than the sum of the single sizes if they
+share clusters that nobody else uses.
 
-Of libvirt:DOMAIN, which stands for the machine's image, a last column is what libvirt knows of each
-snapshot: when libvirt took it, the machine's state then, and the description. FILE may also be a
-repository that backup has made: then it is the snapshots in that."""
+For libvirt:DOMAIN, which stands for the machine's image, a last column shows what libvirt knows
+of each snapshot: when libvirt took it, the state of the machine at that time, and the
+description. FILE may also be a repository made by backup; then the snapshots in it are listed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from .drawing import text
 from .streams import say
 from .text import cut, fitted, print_table, terminal_width
 
-HELP = "the snapshots, and the space that each takes alone"
+HELP = "list the snapshots, and the space that each takes alone"
 EXAMPLE = "qcow2snap list disk.qcow2"
 
 _TITLES = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT", "DISK SIZE", "EXCLUSIVE")
@@ -52,16 +53,22 @@ _NARROWEST = 8  # of a strip, however long the names are
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--tree", action="store_true", help="draw what each shares with the others")
-    form.add_argument("--names", action="store_true", help="a word for each that chooses it")
+    form.add_argument(
+        "--tree", action="store_true", help="draw which parts each shares with the others"
+    )
+    form.add_argument(
+        "--names", action="store_true", help="print one word for each, by which it can be chosen"
+    )
     form.add_argument(
         "--free",
         metavar="SNAPSHOT,...",
         action="append",
-        help="tell what deleting these together frees",
+        help="print what deleting these together would free",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
-    parser.add_argument("--wide", action="store_true", help="all columns, and names in full")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array, with sizes in bytes"
+    )
+    parser.add_argument("--wide", action="store_true", help="print all columns, and names in full")
     add_image_options(parser)
 
 

@@ -1,7 +1,8 @@
-"""List files in a snapshot: mode, links, owner, group, size, date and name, as of ls -l.
+"""List files in a snapshot, in the format of ls -l: mode, links, owner, group, size, date and name.
 
-The filesystem is read by a library, and nothing is mounted. PATH is looked up inside the guest, its
-links too; without one it is the root directory. What cannot be printed in a name is escaped."""
+A library reads the filesystem; nothing is mounted. PATH and its symbolic links are looked up
+inside the guest; without PATH the root directory is listed. Characters that cannot be printed
+are escaped."""
 
 from __future__ import annotations
 
@@ -23,10 +24,14 @@ _TITLES = ["MODE", "LINKS", "UID", "GID", "SIZE", "DATE", "NAME"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_place(parser, needed=False)
-    parser.add_argument("-R", "--recursive", action="store_true", help="all that is below PATH")
-    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument("-R", "--recursive", action="store_true", help="list everything below PATH")
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument(
-        "--max-files", metavar="N", type=int, default=MOST_ENTRIES, help="give up after so many"
+        "--max-files",
+        metavar="N",
+        type=int,
+        default=MOST_ENTRIES,
+        help="give up after so many entries",
     )
     add_guest_options(parser)
 

@@ -1,8 +1,9 @@
-"""Print a snapshot's extents as nbdinfo --map does: offset, length, type and what that is.  A last
-column is the offset in the image file itself, of the data or of the compressed bytes.
+"""Print a snapshot's extents in the format of nbdinfo --map: offset, length, type, and the type in
+words. A last column has the offset of the data, or of the compressed bytes, in the image file.
 
-With --svg it is a picture instead, with a strip for each snapshot and the active disk, or for one
-of them: which parts of the disk it shares with older and newer snapshots, and which are its own."""
+With --svg, draw a picture with a strip for each snapshot and the active disk, or for SNAPSHOT
+alone. It shows which parts of the disk a snapshot shares with older and newer ones, and which it
+has alone."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from .common import (
 )
 from .drawing import svg
 
-HELP = "a snapshot's extents, and where in the file they are"
+HELP = "print a snapshot's extents, and where in the file they are"
 EXAMPLE = "qcow2snap map disk.qcow2 nightly"
 
 _CELLS = 1024  # of the picture
@@ -36,11 +37,14 @@ _CELLS = 1024  # of the picture
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument(
-        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name, or @active; --svg needs none"
+        "snapshot",
+        metavar="SNAPSHOT",
+        nargs="?",
+        help="ID or name, or @active; can be omitted with --svg",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON array")
-    form.add_argument("--svg", action="store_true", help="an SVG picture, to standard output")
+    form.add_argument("--json", action="store_true", help="print one JSON array")
+    form.add_argument("--svg", action="store_true", help="print an SVG picture")
     add_image_options(parser)
 
 

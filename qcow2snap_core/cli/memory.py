@@ -1,11 +1,12 @@
-"""Write the memory of a machine that savevm saved to a file, for volatility3 and the like.
+"""Write the memory of a machine that savevm saved to a file, for volatility3 and similar programs.
 
-OUT is raw, byte for byte where the machine's processors saw it, what is no RAM being a hole of
-zeros; or an ELF file if its name ends in .elf. The machine is a pc or q35. What its state does not
-say has to be given: --below-4g if it was started with max-ram-below-4g, --above-4g if QEMU had to
-move what lies above, --ram if its memory has another name than QEMU's and libvirt's, and --place
-for DIMMs and the like. OUT appears when it is
-whole, and no page of RAM may be missing."""
+OUT is a raw file, with each byte at the address where the machine's processors saw it, and
+holes, which read as zeros, where there is no RAM. If its name ends in .elf it is an ELF file
+instead. The machine must be a pc or q35. What its saved state does not say has to be given:
+--below-4g if the machine was started with max-ram-below-4g, --above-4g if QEMU put the rest of
+the memory elsewhere than at 4 GiB, --ram if the memory has another name than those of QEMU and
+libvirt, --place for DIMMs and the like. OUT appears when it is complete; if a page of RAM is
+missing, that is an error."""
 
 from __future__ import annotations
 
@@ -35,10 +36,12 @@ EXAMPLE = "qcow2snap memory disk.qcow2 live memory.raw"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
-    parser.add_argument("snapshot", metavar="SNAPSHOT", help="with VM state, by ID or name")
+    parser.add_argument(
+        "snapshot", metavar="SNAPSHOT", help="ID or name of a snapshot with VM state"
+    )
     parser.add_argument("out", metavar="OUT", help="the file to write")
-    parser.add_argument("--format", choices=FORMS, help="OUT's name decides otherwise")
-    add_force(parser, "replace OUT if it is a file that is there")
+    parser.add_argument("--format", choices=FORMS, help="the format of OUT, whatever its name is")
+    add_force(parser, "replace OUT if it is an existing file")
     parser.add_argument(
         "--below-4g", metavar="SIZE", type=SIZE, help="how much of the memory lies below 4 GiB"
     )
@@ -46,14 +49,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--above-4g",
         metavar="ADDRESS",
         type=value(_address, "give an address, like 0x100000000"),
-        help="where the rest begins, 0x10000000000 say",
+        help="where the rest of it begins, for example 0x10000000000",
     )
     parser.add_argument(
         "--ram",
         metavar="BLOCK",
         action="append",
         default=[],
-        help="the RAM block that is the main memory; of NUMA nodes each, in order",
+        help="the RAM block that is the main memory; repeat it for each NUMA node, in order",
     )
     parser.add_argument(
         "--place",
@@ -61,9 +64,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=value(_placed, "give BLOCK=ADDRESS or BLOCK=none"),
         action="append",
         default=[],
-        help="where another RAM block lies; none leaves it out",
+        help="the address of another RAM block; none leaves it out",
     )
-    parser.add_argument("--json", action="store_true", help="what lies where, as JSON")
+    parser.add_argument("--json", action="store_true", help="print where each part lies, as JSON")
     add_image_options(parser)
 
 

@@ -1,16 +1,15 @@
-"""Show all snapshots in a directory, read-only, until Ctrl-C or until it is unmounted.
-DIR/NAME/disk is the raw disk of the snapshot NAME, DIR/NAME/p1 has the files of its partition 1,
-DIR/NAME/files those of a disk that is one filesystem, DIR/NAME/lvm those of LVM, and
-DIR/NAME/vmstate is the saved state of a machine. New snapshots appear; what was deleted gives
-errors. Files are read as by ls.
+"""Show all snapshots in a directory, read-only, until Ctrl-C or until the directory is unmounted.
+DIR/NAME/disk is the raw disk of the snapshot NAME. DIR/NAME/p1 has the files of its partition 1,
+DIR/NAME/files those of a disk without partitions, and DIR/NAME/lvm those of LVM volumes.
+DIR/NAME/vmstate is the saved state of the machine. New snapshots appear; reads of a snapshot
+that was deleted fail. Files are read in the same way as by ls.
 
-With SNAPSHOT it is that one alone: the raw disk DIR/disk. With --filesystem DIR has the files of
-the filesystem in it, or in its partition --partition: ext2, ext3 and ext4 are read by fuse2fs, NTFS
-by ntfs-3g, others by guestmount. What is in a journal is replayed into a temporary file first; the
-image stays as it is.
+With SNAPSHOT, show the raw disk of that one as DIR/disk. With --filesystem, show the files in
+it, or in its --partition, in DIR: fuse2fs reads ext2, ext3 and ext4, ntfs-3g NTFS, guestmount
+others. A journal is replayed into a temporary file first; the image is not changed.
 
-What a guest wrote is untrusted input, which the host's kernel should not mount. These programs run
-with the privileges of whoever started them: do that as an ordinary user, not as root."""
+What a guest has written is untrusted input: do not mount it with the host's kernel. The programs
+above run with the privileges of whoever starts them, so use an ordinary user and not root."""
 
 from __future__ import annotations
 
@@ -30,16 +29,20 @@ from .guest import add_guest_options
 from .parser import Parser
 from .streams import OutputLost, say, warn
 
-HELP = "show all snapshots, one as a raw disk, or its files, in a directory"
+HELP = "show all snapshots with their files, or one of them, in a directory"
 EXAMPLE = "qcow2snap mount disk.qcow2 /mnt/snapshots"
 
 
 def arguments(parser: Parser) -> None:
-    parser.add_argument("--partition", metavar="N", type=int, help="only this partition of it")
-    parser.add_argument("--filesystem", action="store_true", help="the files in it, not the disk")
+    parser.add_argument(
+        "--partition", metavar="N", type=int, help="show only this partition of SNAPSHOT"
+    )
+    parser.add_argument(
+        "--filesystem", action="store_true", help="show the files in SNAPSHOT, not the disk"
+    )
     parser.add_argument("file", metavar="FILE", help="the qcow2 image")
     parser.add_argument(
-        "snapshot", metavar="SNAPSHOT", nargs="?", help="its ID or name; all if there is none"
+        "snapshot", metavar="SNAPSHOT", nargs="?", help="ID or name; if omitted, all are shown"
     )
     parser.add_argument("directory", metavar="DIR", help="an existing directory")
     add_guest_options(parser)

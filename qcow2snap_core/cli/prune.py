@@ -1,12 +1,12 @@
-"""Delete the snapshots that no rule keeps. The rules are those of restic's forget, in local time:
---keep-daily 7 keeps the newest snapshot of each of the last seven days that have one. What any rule
-keeps is kept.
+"""Delete the snapshots that no rule keeps. The rules are those of restic forget, in local time:
+--keep-daily 7, for example, keeps the newest snapshot of each of the last seven days that have
+one. A snapshot that any of the rules keeps is kept.
 
-QEMU does the deleting: the one that has the image open, through --qmp and --device, or qemu-img
-where nobody uses the image. Each deletion is looked up in the file; Ctrl-C stops before the next
-one. With --dry-run it is only told what would be kept and why, what would be deleted, how much
-space that frees, and what hinders it. What libvirt knows of libvirt:DOMAIN is left to virsh
-snapshot-delete."""
+QEMU does the deleting: the QEMU that has the image open, with --qmp and --device, or qemu-img if
+no process uses the image. After each deletion the file is looked at; Ctrl-C stops before the
+next deletion. With --dry-run nothing is deleted: it prints what would be kept and why, what
+would be deleted, how much space that would free, and what would prevent it. Snapshots that
+libvirt knows of a libvirt:DOMAIN are not deleted; use virsh snapshot-delete for them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ EXAMPLE = "qcow2snap prune disk.qcow2 --keep-daily 7 --keep-weekly 4 --dry-run"
 _KINDS: Final = {
     "last": "the last N",
     "hourly": "the newest of each of the last N hours that have one",
-    "daily": "the same of days",
-    "weekly": "of weeks, which begin on Mondays",
-    "monthly": "of months",
-    "yearly": "of years",
+    "daily": "the newest of each of the last N days that have one",
+    "weekly": "the same for weeks, which begin on Mondays",
+    "monthly": "the same for months",
+    "yearly": "the same for years",
 }
 
 
@@ -62,24 +62,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-within",
         metavar="DURATION",
         type=value(parse_duration, "give years, months, days and hours, like 2y5m7d3h"),
-        help="what is that much younger, like 1y6m7d12h",
+        help="what is not older than the newest by more than this, like 1y6m7d12h",
     )
     rules.add_argument(
         "--match",
         metavar="GLOB",
         action="append",
-        help="look only at snapshots with such names, and leave alone all others",
+        help="consider only snapshots with such names, and keep all others",
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
-    parser.add_argument("--qmp", metavar="SOCKET", help="of the QEMU that has the image open")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="delete nothing, print what would be done"
+    )
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="the QMP socket of the QEMU that has the image open"
+    )
     parser.add_argument(
         "--device",
         metavar="NODE",
         action="append",
-        help="the node or device name of the image in QEMU; repeat it for disks of which "
-        "snapshots were taken together",
+        help="the node or device name of the image in that QEMU; repeat it for other disks "
+        "whose snapshots were taken at the same time",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON array, sizes in bytes")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array, with sizes in bytes"
+    )
     add_image_options(parser)
 
 

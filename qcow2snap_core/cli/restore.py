@@ -1,10 +1,11 @@
-"""Make an image of a repository's snapshots again, or copy one of them to a disk.
+"""Make an image with all snapshots of a repository again, or copy the disk of one of them.
 
-OUT is a new qcow2 image with all snapshots in it: IDs, names, dates, clocks and VM states are what
-they were, and the active disk is that of the newest one. With --snapshot OUT is the disk of that
-one alone, and can be what it can be for qcow2snap copy: a raw or qcow2 file, a block device, an NBD
-export, or - for standard output. All files that are needed are first compared with their checksums.
-OUT appears when it is whole: when every snapshot in it has been read back and compared."""
+OUT is a new qcow2 image with all snapshots, which have their IDs, names, dates, clocks and VM
+states again. The active disk is that of the newest one. With --snapshot, OUT is the disk of that
+snapshot alone, and can be whatever the target of qcow2snap copy can be: a raw or qcow2 file, a
+block device, an NBD export, or - for standard output. All files that are needed are first
+compared with their checksums. OUT appears when it is complete: when every snapshot in it has
+been read back and compared."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from ..util.wording import COMMAND
 from .common import add_force, add_no_verify
 from .streams import OUTPUT_NAMES, OutputLost, warn
 
-HELP = "an image, or one disk, from a repository"
+HELP = "make an image, or copy one disk, from a repository"
 EXAMPLE = "qcow2snap restore --snapshot nightly /backup/disk nightly.raw"
 
 
@@ -31,9 +32,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="REPOSITORY", help="a directory made by backup")
     parser.add_argument("out", metavar="OUT", help="the image, or with --snapshot the disk")
     parser.add_argument(
-        "--snapshot", metavar="NAME", help="one alone: its file in REPOSITORY, its ID or its name"
+        "--snapshot",
+        metavar="NAME",
+        help="copy this one alone: its file in REPOSITORY, its ID or its name",
     )
-    add_force(parser, "replace OUT if it is a file that is there")
+    add_force(parser, "replace OUT if it is an existing file")
     add_no_verify(parser)
 
 

@@ -1,9 +1,10 @@
-"""Serve an image's snapshots, or one of them, over NBD: nbdkit with the plugin.
+"""Serve an image's snapshots, or one of them, over NBD: run nbdkit with the plugin.
 
-Whatever follows FILE and SNAPSHOT is nbdkit's or the plugin's: options like -U SOCKET, -i ADDRESS,
--f, --filter=NAME, and KEY=VALUE like allow-dir=DIR. Without any, nbdkit listens on all addresses
-and goes into the background. A snapshot whose name looks like one of these stands behind --. Behind
-libvirt:DOMAIN, in place of FILE, --disk TARGET says which of the machine's disks is meant."""
+Everything after FILE and SNAPSHOT goes to nbdkit and the plugin: options like -U SOCKET, -i
+ADDRESS, -f or --filter=NAME, and parameters KEY=VALUE like allow-dir=DIR. Without any, nbdkit
+listens on all addresses and goes into the background. If the name of the snapshot looks like an
+option or a parameter, put it after --. With libvirt:DOMAIN in place of FILE, --disk TARGET after
+it says which disk of the machine is meant."""
 
 from __future__ import annotations
 

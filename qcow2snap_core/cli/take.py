@@ -1,7 +1,8 @@
-"""Ask a running QEMU for an internal snapshot of one or more of its disks at one instant, with
-all writes flushed, and print the nbdkit command that serves each. QEMU is found by its QMP socket,
-or by the name that libvirt has for the machine; its disks are then called as there, and all are
-meant if none is named."""
+"""Ask a running QEMU for an internal snapshot of one or more of its disks at the same instant, with
+all writes flushed, and print the nbdkit command that serves each of them.
+
+The QEMU is given by its QMP socket, or by the name of the machine in libvirt. With --domain,
+disks have the names that libvirt uses (vda), and all disks are meant if none is given."""
 
 from __future__ import annotations
 
@@ -31,24 +32,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NODE",
-        help="node or device name of a disk, or its target in libvirt (vda); "
-        "repeat it for several disks at one instant",
+        help="node or device name of a disk, with --domain its target (vda); "
+        "repeat it for several disks",
     )
     parser.add_argument(
         "--agent",
         metavar="SOCKET",
-        help="the guest agent's socket: freeze the guest's filesystems meanwhile",
+        help="socket of the guest's agent, which freezes the filesystems meanwhile",
     )
     parser.add_argument(
         "--freeze",
         action="store_true",
-        help="with --domain: freeze the guest's filesystems by its agent meanwhile",
+        help="with --domain: have the guest's agent freeze the filesystems meanwhile",
     )
     parser.add_argument(
         "names",
         nargs="+",
         metavar="NAME",
-        help="the snapshot's name; what is before it names devices",
+        help="the snapshot's name; words before it are further devices",
     )
 
 

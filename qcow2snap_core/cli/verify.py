@@ -1,7 +1,7 @@
 """Read all of a repository and compare it with its checksums.
 
-A line for each snapshot that cannot be restored says why. The exit status is 3 if there is one, as
-for qcow2snap check."""
+For each snapshot that cannot be restored a line says why. The exit status is then 3, as for
+qcow2snap check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ EXAMPLE = "qcow2snap verify /backup/disk"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="REPOSITORY", help="a directory made by backup")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON array of all, with what is wrong with each"
+        "--json",
+        action="store_true",
+        help="print one JSON array of all, with what is wrong with each",
     )
 
 

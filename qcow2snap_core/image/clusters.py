@@ -1,9 +1,10 @@
 """What the bytes of a run are: read as they stand, or decoded and kept for the next request.
 
-Short reads are judged here.  What a guest can see of a cluster lies inside the file, whatever QEMU
-made it (docs/validation.md, "The end of the file"), so bytes of a standard cluster past the end are
-lost.  A compressed stream is said to fill whole sectors, of which QEMU writes only what it needs:
-whether something is missing, only the decoder can tell.
+This module decides what a short read means.  The part of a cluster that a guest can see lies inside
+the file, whichever version of QEMU wrote it (docs/validation.md, "The end of the file"), so bytes
+of a standard cluster past the end of the file are lost.  A compressed stream is recorded in whole
+sectors, of which QEMU writes only the bytes that are used: only the decoder can tell whether
+something is missing.
 """
 
 from __future__ import annotations

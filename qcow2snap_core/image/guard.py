@@ -15,15 +15,16 @@ the same, the table read after it is the new one.  Not the entry alone: QEMU cle
 a table, so a shorter one with as many entries, put where the old one was, leaves old entries
 standing behind its end.
 
-Nor the header once.  Its twelve bytes are not written as one, and a read at that moment can have
-the count of one header and the offset of the next: those of the old header again, where the next
-table is a shorter one in the old one's place.  So the header is read once more after the table.
+Nor is it enough to read the header once.  Its twelve bytes are not written at once, so a read can
+see the count of one header with the offset of the next.  Together these may be equal to the header
+that is remembered, while the table at that offset is a shorter one, put where the old one was.  So
+the header is read once more after the table.
 
 When any of it differs, the table is read again and the snapshot looked up by its identity.
 docs/live.md has the whole argument.
 
-Who reads the tables of many snapshots asks once for them all: the fingerprint then reaches to the
-end of the last one's entry.  One guard for each would read the table as often as it has entries.
+Code that reads the tables of many snapshots asks once for all of them: the fingerprint then reaches
+to the end of the last entry.  One guard for each would read the table as often as it has entries.
 """
 
 from __future__ import annotations

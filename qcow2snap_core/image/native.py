@@ -1,13 +1,13 @@
 """The native engine, where it was built: what it is told of a disk.
 
-All decisions stay in Python.  The engine is given what Python has worked out, descriptors, the
-geometry of the tables, the dictionary in which the slices of the tables are kept and what the
-file holds while the snapshot is there, and does the common case of a request in one call, which
-lets go of the interpreter's lock once.  Whatever else it meets, a slice that is not loaded, a
-compressed cluster that is not decoded yet, damage, a change of the snapshot table, it hands back,
-and Python does the whole request as if there were no engine.
+All decisions stay in Python.  The engine is given what Python has worked out: descriptors, the
+geometry of the tables, the dictionary with the slices of the tables, and the bytes that header and
+snapshot table have while the snapshot exists.  It does the common case of a request in one call,
+which releases the interpreter's lock once.  In any other case (a slice that is not loaded, a
+compressed cluster that is not decoded yet, damage, a change of the snapshot table) it gives the
+request back, and Python does all of it as if there were no engine.
 
-``QCOW2SNAP_NATIVE=0`` in the environment does without it; the tests run both.
+With ``QCOW2SNAP_NATIVE=0`` in the environment it is not used; the tests run both.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Reading the L1 table of one snapshot, or of an active disk, and the L2 tables behind it.
 
 Bit 63 (COPIED) is cleared: it says only whether QEMU may write in place, and it is the one thing
-that QEMU changes in the tables of a living snapshot.  In an external data file it tells offset 0
-from nothing, and stays.
+that QEMU changes in the tables of an existing snapshot.  In an image with an external data file
+that bit distinguishes a cluster at offset 0 from none, so there it is kept.
 
-Who walks whole tables reads them here, past the cache; :mod:`.mapping` keeps what it reads.
+Code that walks whole tables reads them here, without the cache; :mod:`.mapping` has the cache.
 """
 
 from __future__ import annotations

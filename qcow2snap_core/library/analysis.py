@@ -25,14 +25,15 @@ public(Finding)
 @public
 def changes(old: Disk, new: Disk) -> Iterator[Extent]:
     """The ranges of ``new`` that may differ from ``old``, in order and merged: what a backup made
-    at ``old`` has to write to become ``new``.  Zeros are what is zero now.
+    at ``old`` has to write to become ``new``.  Ranges that are zero in ``new`` have the type of
+    zeros.
 
-    Both disks are of one image; either may be the active one, neither a VM state.  The tables tell,
-    so the cost grows with the change; what was written again with the same data is listed.  The
-    part of ``new`` past the end of ``old`` is listed in full.
+    Both disks are of the same image; either may be the active one, neither can be a VM state.  Only
+    tables are read, so the cost grows with the change; a cluster that was written again with the
+    same data is listed.  The part of ``new`` past the end of ``old`` is listed in full.
 
-    Raises TypeError and ValueError at once for disks that cannot be compared, and as
-    :meth:`.Disk.pread` on the way.
+    Raises TypeError and ValueError at once for disks that cannot be compared.  The iterator raises
+    as :meth:`.Disk.pread`.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     for offset, length, type in changes(image.open("weekly"), image.open("nightly")):
@@ -47,11 +48,11 @@ def changes(old: Disk, new: Disk) -> Iterator[Extent]:
 
 @public
 def exclusive_sizes(image: Image) -> list[tuple[Snapshot, int | None]]:
-    """Each snapshot and the bytes that deleting it alone would free, its tables included; None
-    where damage leaves it open.
+    """Each snapshot and the bytes that deleting it alone would free, its tables included; None if
+    that cannot be determined because of damage.
 
-    Raises StorageError when the disk fails, SnapshotGone when snapshots are deleted again and again
-    meanwhile.
+    Raises StorageError when the storage fails, SnapshotGone when snapshots are deleted again and
+    again meanwhile.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     for snapshot, size in exclusive_sizes(image):
@@ -73,15 +74,15 @@ def check(
     data: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[Finding]:
-    """What is wrong with the metadata of all snapshots and the active disk, or what of that
-    concerns one snapshot; an empty list if it is whole.  At most 1000 findings, of which leaked
-    clusters are no damage (``is_damage``).  With ``data`` every cluster is read and decoded as
-    well, once however many snapshots have it.
+    """What is wrong with the metadata of all snapshots and the active disk, or only what concerns
+    one snapshot; an empty list if nothing is wrong.  There are at most 1000 findings.  Leaked
+    clusters are reported, but are no damage (``is_damage``).  With ``data`` every cluster is read
+    and decoded as well, once, however many snapshots use it.
 
-    Nobody should be writing to the image meanwhile.  ``warn`` is told, in a line, when the image
+    Nobody should be writing to the image meanwhile.  ``warn`` is called with a line if the image
     is marked dirty: then its refcounts are not up to date and are not compared.
 
-    Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
+    Raises StorageError when the storage fails, SnapshotGone when a snapshot is deleted meanwhile.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     check(image)

@@ -54,18 +54,19 @@ def copy(
 ) -> Copied:
     """Make a file, a block device, a FIFO or an NBD export (its URI) hold the disk ``new``.
 
-    A file is ``"raw"`` or ``"qcow2"`` as ``format`` says, else as its name ends; ``compress`` is
-    ``"zlib"`` or ``"zstd"`` for the clusters of the latter.  One that is there is only replaced
-    with ``replace``.  ``warn`` is told when an encrypted image is written in plain.
+    The format of a file is ``format``, ``"raw"`` or ``"qcow2"``; by default it is qcow2 if the name
+    ends in ``.qcow2``.  ``compress``, ``"zlib"`` or ``"zstd"``, is for the clusters of a qcow2
+    file.  An existing file is replaced only with ``replace``.  ``warn`` is called when the copy of
+    an encrypted image is not encrypted.
 
-    With ``since``, which the target holds already, only what changed is written.  ``base`` says by
-    what it is known to hold that: its ``"recorded"`` copy of it, which a file keeps from the copy
-    before; the comparison of all that will not be written (``"compared"``); or the caller's word
-    (``"trusted"``).  A file is written under a temporary name and renamed when it is whole; an
-    update with ``in_place`` goes into the file itself.  With ``verify`` what devices and exports
+    With ``since``, a disk that the target holds already, only what changed is written.  ``base``
+    says how it is made sure that the target holds it: by the record that an earlier copy has left
+    (``"recorded"``), by comparing all that will not be written (``"compared"``), or not at all
+    (``"trusted"``).  A file is written under a temporary name and renamed when it is complete; with
+    ``in_place`` an update goes into the file itself.  With ``verify``, what devices and exports
     hold at the end is read back and compared.
 
-    Raises UsageError before anything is written when the target will not do; otherwise as
+    Raises UsageError before anything is written if the target is unsuitable; otherwise as
     :meth:`.Disk.pread`, and StorageError when the target fails.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
@@ -113,10 +114,10 @@ def compact(
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> None:
-    """Copy the image with all its snapshots, as they are listed, and with nothing else.
+    """Copy the image with all its snapshots, and without unused space.
 
-    What is compressed stays so; ``compress``, ``"zlib"`` or ``"zstd"``, is for the rest.  The other
-    keywords are those of :func:`split`.  Raises as :func:`copy`.
+    Compressed clusters stay compressed; ``compress``, ``"zlib"`` or ``"zstd"``, is for the others.
+    The other keywords are those of :func:`split`.  Raises as :func:`copy`.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     compact(image, "small.qcow2")
@@ -143,9 +144,10 @@ def split(
     """Make an external chain of the internal snapshots, in a directory that is absent or empty: an
     overlay for each with only what changed, and one for the active disk on top.
 
-    Nobody may have the image open for writing.  With ``verify`` all of it is read back and compared
-    before it gets its name.  ``warn`` is told, in a line each, what is not carried over.  What the
-    files cannot say, names, dates and VM states, is written beside them for :func:`join`.
+    No QEMU may have the image open for writing.  With ``verify`` all of it is read back and
+    compared before it gets its name.  ``warn`` is called with a line for each thing that is lost.
+    Names, dates and VM states, which overlays cannot record, are written beside them for
+    :func:`join`.
 
     Returns the paths of the files, the base first.  Raises as :func:`copy`.
 
@@ -172,8 +174,9 @@ def join(
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
     """Make one image of an external chain; ``top`` is its topmost file.  Each file becomes an
-    internal snapshot named after it without the ending; but those of a chain that :func:`split`
-    made are the snapshots that they were, and the active disk is none.
+    internal snapshot with the name of the file, without the ending.  If :func:`split` made the
+    chain, the snapshots get back their IDs, names, dates and VM states, and the file of the active
+    disk does not become one.
 
     The keywords are those of :func:`split`.  Returns the names of the snapshots, the base's first.
     Raises as :func:`copy`.

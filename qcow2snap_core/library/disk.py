@@ -43,8 +43,8 @@ class Extent(NamedTuple):
 class Disk:
     """What :meth:`.Image.open` and :meth:`.Image.active` return: bytes and extents, read-only.
 
-    Any number of threads may use one.  It needs no closing, and is of no use once its image is
-    closed: then everything but its attributes raises ValueError.
+    Any number of threads may use a disk.  It needs no closing.  Once its image is closed,
+    everything but its attributes raises ValueError.
     """
 
     __slots__ = ("_disk", "_image", "_snapshot", "_vm_state")
@@ -59,7 +59,7 @@ class Disk:
 
     @property
     def size(self) -> int:
-        """Bytes: the snapshot's own size, whatever the active disk has become."""
+        """Bytes: the size that the disk had when the snapshot was taken."""
         return self._disk.size
 
     @property
@@ -69,14 +69,14 @@ class Disk:
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """Whose disk or VM state it is; None for the active disk."""
+        """The snapshot whose disk or VM state this is; None for the active disk."""
         return self._snapshot
 
     def pread(self, length: int, offset: int) -> bytes:
         """``length`` bytes from ``offset``.
 
         Raises ValueError outside the disk; ImageError or StorageError when the content cannot be
-        had, SnapshotGone when the snapshot was deleted.  Of an active disk it raises UsageError
+        read, SnapshotGone when the snapshot was deleted.  For an active disk it raises UsageError
         while a QEMU has the image open for writing.
         """
         arguments.within(self.size, length, offset)  # before there is a buffer of that length
@@ -85,8 +85,8 @@ class Disk:
     def pread_into(self, buffer: Buffer, offset: int) -> None:
         """Fill a writable, contiguous buffer from ``offset``, all of its bytes.
 
-        Raises as :meth:`pread`, and TypeError for another buffer.  The buffer then holds nothing
-        of use.
+        Raises as :meth:`pread`, and TypeError for an unsuitable buffer.  After an error the
+        content of the buffer is undefined.
         """
         view = memoryview(buffer)
         if view.readonly or not view.c_contiguous:
@@ -98,8 +98,8 @@ class Disk:
         """All extents of a range, in order, merged and without gaps, from the tables alone; to the
         end of the disk where no length is given.
 
-        Raises ValueError at once outside the disk, and as :meth:`pread` on the way, when it comes
-        to a damaged table.
+        Raises ValueError at once outside the disk.  The iterator raises as :meth:`pread` when it
+        comes to a damaged table.
         """
         if length is None:
             length = max(0, self.size - arguments.integer("offset", offset, None))
@@ -108,10 +108,10 @@ class Disk:
         return self._extents(offset, offset + length)
 
     def raw(self) -> io.RawIOBase:
-        """The disk as a seekable, read-only file object, of its own position.
+        """The disk as a seekable, read-only file object, with a position of its own.
 
-        Its reads raise as :meth:`pread`, but come to an end at the end of the disk.  Closing it
-        closes nothing else.
+        Its reads raise as :meth:`pread`, but at the end of the disk they return less, as those of
+        files do.  Closing it closes nothing else.
         """
         return self._disk.raw()
 

@@ -34,15 +34,16 @@ def open(  # noqa: A001 (the name that users expect, as of gzip.open)
     """Open a qcow2 image, read-only and without any lock: a file, a block device, or the URI of an
     NBD export.
 
-    ``allow_dirs``, ``allow_files``: what the image may name as backing or external data files,
-    besides what lies in its own directory.
-    ``backing_format``: ``"raw"`` or ``"qcow2"``, of a backing file whose image records none.
+    ``allow_dirs``, ``allow_files``: directories and files that may be backing or external data
+    files, in addition to what is in the image's own directory.
+    ``backing_format``: the format, ``"raw"`` or ``"qcow2"``, of a backing file whose image does not
+    record it.
     ``passphrase``: the secret itself, or ``{layer: secret}``, 0 being the image and 1 its backing
     file.
-    ``l2_cache_size``, ``cluster_cache_size``: bounds of the memory for L2 tables and for
-    decompressed clusters, bytes.
-    ``remote_timeout``: how many seconds the server of an NBD export may be silent when it should
-    answer; then it is a StorageError.
+    ``l2_cache_size``, ``cluster_cache_size``: how much memory L2 tables and decompressed clusters
+    may take, in bytes.
+    ``remote_timeout``: how many seconds the server of an NBD export may be silent when an answer
+    is due; after that it is a StorageError.
 
     Raises UsageError for what may not or cannot be opened, ImageError for what cannot be read;
     TypeError and ValueError for an argument that makes no sense.
@@ -76,29 +77,29 @@ class Image:
 
     @property
     def path(self) -> str:
-        """The name that it was opened by, without what a URI has of secrets."""
+        """The name by which it was opened; secrets in a URI are left out."""
         return self._image.path
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshots that the file has now, in the table's order, which is that of their making.
+        """The snapshots that the file has now, in the order in which they were taken.
 
-        A running QEMU may take and delete some at any time.  Of a damaged table it is those before
-        the damage; :func:`check` tells of that.
+        A running QEMU may take and delete some at any time.  If the table is damaged, these are the
+        entries before the damage, and :func:`check` reports it.
         """
         return tuple(map(Snapshot, self._image.snapshots))
 
     def find(self, name: str) -> Snapshot:
         """The snapshot with that ID, else the first with that name, as QEMU looks for them.
 
-        Raises UsageError that lists what there is.
+        Raises UsageError, which lists the snapshots, if there is none.
         """
         choice = Choice(arguments.text("name", name))
         return Snapshot(choose(self._image.table(), choice, self.path))
 
     def open(self, snapshot: Snapshot | str, *, vm_state: bool = False) -> Disk:
-        """The disk of a snapshot, which is given itself or by what :meth:`find` looks for; or the
-        VM state that was saved with it, exactly the ``vm_state_size`` bytes of it.
+        """The disk of a snapshot, which is a :class:`.Snapshot` or an ID or name as for
+        :meth:`find`; or with ``vm_state`` its VM state, exactly ``vm_state_size`` bytes.
 
         Raises UsageError when there is no such snapshot, ImageError when it is damaged,
         SnapshotGone when it was deleted.
@@ -119,17 +120,18 @@ class Image:
         return self.open(arguments.text("name", name))
 
     def active(self) -> Disk:
-        """What the guest sees.
+        """The active disk: what the guest sees now.
 
-        It can be read while nobody writes to it: as long as a QEMU has the image open for writing,
-        this and each read of the disk raise UsageError.  Raises ImageError when it is damaged.
+        It can be read only while nobody writes to it: as long as a QEMU has the image open for
+        writing, this method and each read of the disk raise UsageError.  Raises ImageError when it
+        is damaged.
         """
         return Disk(self._image, self._image.active_disk(LockGuard(self._image.files)), None)
 
     def close(self) -> None:
-        """Close all files.  Whatever is asked of the image or of its disks from now on raises
-        ValueError; what another thread is just reading ends as it would have, or so.  A second
-        time it does nothing."""
+        """Close all files.  From now on every use of the image and its disks raises ValueError.
+        Reads that other threads have under way return their bytes, or raise ValueError.  Closing
+        a second time does nothing."""
         self._image.close()
 
     def __enter__(self) -> Image:

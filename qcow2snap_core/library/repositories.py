@@ -30,12 +30,13 @@ def backup(
 ) -> list[str]:
     """Add the snapshots to a repository that it does not have yet, each with only what changed.
 
-    The repository is a directory: absent, empty, or one that this has made.  ``compress`` is
-    ``"zlib"`` or ``"zstd"``, for what is not compressed in the image.  With ``verify`` a snapshot
-    counts when it has been read back and compared.  A QEMU may write to the image meanwhile.
+    The repository is a directory that does not exist, is empty, or was made by this function.
+    ``compress``, ``"zlib"`` or ``"zstd"``, is for clusters that are not compressed in the image.
+    With ``verify`` a snapshot is recorded only after it was read back and compared.  A QEMU may
+    write to the image meanwhile.
 
-    Returns the files that were added, qcow2 images, each over another one of them.  Raises as
-    :func:`copy`; for what of the image is damaged, after all else was added.
+    Returns the paths of the qcow2 files that were added.  Raises as :func:`copy`; if a snapshot is
+    damaged, after all others were added.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     backup(image, "backups")
@@ -61,9 +62,9 @@ def restore(
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
-    """Make an image with all snapshots of a repository again, or with ``snapshot`` a copy of that
-    one's disk: it is the name of its file in the repository, its ID or its name, of which the
-    newest counts, and ``target`` is what that of :func:`copy` can be.
+    """Make an image with all snapshots of a repository again; or with ``snapshot``, copy the disk
+    of one.  ``snapshot`` is its file in the repository, its ID or its name; of several the newest
+    is meant.  ``target`` can then be whatever the target of :func:`copy` can be.
 
     The files are compared with their checksums first.  The keywords are those of :func:`split`.
     Returns the names of the snapshots.  Raises as :func:`copy`, and ImageError when the repository
@@ -90,8 +91,9 @@ def restore(
 
 @public
 def verify(repository: str | os.PathLike[str]) -> list[str]:
-    """Read all of a repository and compare it with its checksums: a line for each snapshot that
-    cannot be restored, none where all is well.
+    """Read all of a repository and compare it with its checksums.
+
+    Returns a line for each snapshot that cannot be restored; an empty list if nothing is wrong.
 
     >>> verify("backups")
     []

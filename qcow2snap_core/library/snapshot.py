@@ -13,8 +13,8 @@ from .names import public
 class Snapshot:
     """An internal snapshot, of :attr:`.Image.snapshots` or :meth:`.Image.find`.
 
-    Two are equal if they are of one entry: one that was deleted and taken again under the same
-    name and ID is another.  What is here was read once; nothing of it changes any more.
+    Two are equal if they are the same entry of the table: a snapshot that was deleted and taken
+    again under the same name and ID is another one.  The attributes never change.
     """
 
     __slots__ = ("_entry",)
@@ -24,13 +24,13 @@ class Snapshot:
 
     @property
     def id(self) -> str:
-        """The ID: a number, where QEMU chose it."""
+        """The ID: a number, if QEMU chose it."""
         return self._entry.id
 
     @property
     def name(self) -> str:
-        """The name, which may be empty or another's too; bytes that are not UTF-8 are in it as
-        ``os.fsdecode`` has them."""
+        """The name, which may be empty, or be that of another snapshot too.  Bytes that are not
+        UTF-8 are decoded as by ``os.fsdecode``."""
         return self._entry.name
 
     @property
@@ -46,17 +46,17 @@ class Snapshot:
 
     @property
     def icount(self) -> int | None:
-        """How many instructions it had run, where QEMU counted them."""
+        """How many instructions the machine had run, or None if QEMU did not count them."""
         return self._entry.icount
 
     @property
     def disk_size(self) -> int:
-        """Bytes.  Old QEMUs did not record it: then it is the active disk's."""
+        """Bytes.  Old QEMUs did not record the size; then it is that of the active disk."""
         return self._entry.disk_size
 
     @property
     def vm_state_size(self) -> int:
-        """Bytes of the machine's saved state; 0 where there is none."""
+        """Bytes of the machine's saved state; 0 if there is none."""
         return self._entry.vm_state_size
 
     def __eq__(self, other: object) -> bool:

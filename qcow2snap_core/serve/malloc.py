@@ -2,7 +2,7 @@
 
 glibc gives threads heaps of their own, up to eight for each core, and leaves in each of them what
 large buffers have taken: with clusters of 2 MiB and 64 clients that is 100 MiB that nothing uses.
-Whoever allocates here holds the interpreter's lock most of the time, so that two heaps do.
+A thread that allocates holds the interpreter's lock most of the time, so two heaps are enough.
 """
 
 from __future__ import annotations

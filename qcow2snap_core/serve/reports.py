@@ -1,7 +1,7 @@
 """What nbdkit's log says about an exception: one line, where the exception is ours.
 
-nbdkit imports the module traceback when a callback has raised, and prints what its function
-format_exception returns; there is no other way in, except for a line that is no exception's.
+When a callback has raised, nbdkit imports the module traceback and prints what its function
+format_exception returns.  So that function is the only place where the text can be changed.
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ per connection nbdkit opens, reads and closes on one thread.  A filter may close
 the state is left to that thread, some kilobytes until the process ends.  To delete another
 thread's state aborts Python 3.13.
 
-A thread is known here by a mark in its Python state, since the system gives the identifier of a
+A thread is recognized by a mark in its Python state, since the system gives the identifier of a
 thread that has ended to the next one.
+
+Where requests of a connection are handled in parallel, the native engine keeps the state of each
+thread, and this module is not used.
 """
 
 from __future__ import annotations

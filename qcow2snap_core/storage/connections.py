@@ -7,15 +7,16 @@ are made when they are needed.
 A connection knows the size that the export had when it was made.  What a running QEMU appends is
 therefore seen by connections that are younger: :meth:`Connections.measure` makes one.
 
-They must all lead to the same file, or the guard would ask one about data from another, and NBD
-has no word for that.  A file that replaced another on the server shows by its size at most.  So
-when a new connection sees another size, or one was lost, those from before are not used again.
+All of them must lead to the same file, or the guard would ask one file about data from another, and
+NBD has no means to tell.  If a file was replaced by another on the server, at most its size shows
+that.  So when a new connection sees another size, or a connection was lost, the older ones are not
+used again.
 
-Nothing is waited for without a limit: not for a connection, its answers, or a turn.  libnbd's own
-calls know none, so its asynchronous ones are used, and polled.  What counts is silence, and not
-how long an answer takes: a large one over a slow line is not cut off.  A connection on which an
-answer is still to come when nobody waits for it any more is of no use, and is closed; so are those
-of its time, as the server that was silent on one may well be gone.
+Every wait has a limit: for a connection, for an answer, for a turn.  libnbd's synchronous calls
+have none, so the asynchronous ones are used, and polled.  The limit is for silence, not for the
+time that an answer takes, so a large answer over a slow line is not cut off.  If an answer is given
+up its connection is of no use any more and is closed; so are the others of the same time, since the
+server that was silent on one may well be gone.
 """
 
 from __future__ import annotations

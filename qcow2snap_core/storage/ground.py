@@ -1,30 +1,31 @@
 """What a file or device lies on, all the way down.
 
 A loop device and the file behind it hold the same bytes, and so do a disk and its partitions, a
-logical volume and the disks below it, a device and the files on its filesystem.  None of that shows
-in a path or an inode number.  So for each of the two the *ground* is worked out: the range of each
-file or device below it that its bytes lie in, all the way down.
+logical volume and the disks below it, a device and the files on its filesystem.  Paths and inode
+numbers do not show that.  So to compare two files or devices, the *ground* of each is worked out:
+for every file or device below it, down to the last one, the range in which its bytes lie.
 
 * A partition is a range of its disk; a loop device a range of its file or device; a device of the
   device mapper (but one of LVM) or of md all that its slaves have.  It *is* those bytes.
-* A file lies somewhere in the device that its filesystem is on, and a logical volume somewhere in
-  its physical ones.  Where, only the filesystem or LVM knows, but each keeps all that it divides a
-  device into apart.
+* A file lies somewhere in the device of its filesystem, and a logical volume somewhere in its
+  physical volumes.  Only the filesystem or LVM knows where, but each of them keeps the parts into
+  which it divides a device apart.
 
-Two grounds collide when they have a range in common, unless the same one divided both.  So two
-files of a filesystem do not, nor two volumes of a group, nor two partitions; but a file and the
-device that it is stored on do, and a loop device and a file that it leads to, in either order.
+Two grounds collide when they have a range in common, unless the same filesystem, LVM or partition
+table divided that range between them.  So two files of a filesystem do not collide, nor two volumes
+of a group, nor two partitions; but a file collides with the device on which it is stored, and a
+loop device with the file to which it leads, in either order.
 
-sysfs says how devices lie on each other.  For a loop device it has a path only, which another mount
-namespace may have given a meaning of its own or which has been deleted; the device itself names
-device and inode, so it is asked first (LOOP_GET_STATUS64), and the path serves those who may not
-open it.  A filesystem's device is the ``st_dev`` of its files; btrfs and some others make up a
-number there, and then the mount, found by its ID, names its device.
+sysfs says how devices lie on each other.  For a loop device it has only a path, which may mean
+another file in another mount namespace, or may have been deleted.  The device itself tells device
+and inode (LOOP_GET_STATUS64), so it is asked first; the path is for users who may not open it.  The
+device of a filesystem is the ``st_dev`` of its files; btrfs and some others invent a number there,
+and then the mount, found by its ID, names its device.
 
-What stays unknown: what is behind a network device, and, for a file on overlayfs, FUSE or a network
-filesystem, what that keeps it in.  There two names of one file are told by what ``stat`` says of
-it, down to the nanosecond of its last change.  And a device that holds a mounted filesystem of this
-kernel is refused as a target by the kernel itself (O_EXCL, see :mod:`..transfer.targets`).
+Two things stay unknown: what is behind a network device, and where overlayfs, FUSE or a network
+filesystem stores a file.  There two names of one file are recognized by what ``stat`` says, down to
+the nanosecond of the last change.  A device with a filesystem that this kernel has mounted is
+refused as a target by the kernel itself (O_EXCL, see :mod:`..transfer.targets`).
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """What a name inside an image may open.
 
 An image names its backing file and its external data file, and whoever made the image chose the
-names.  So each is resolved to what it opens first (:func:`.local.open_storage` asks with the path
-and the inode of what it holds, symlinks gone), and then that must lie in the directory of the image
-that names it, in one below, in one that the user trusts with ``allow-dir=``, or be a file or device
-that the user trusts with ``allow-file=``.  Protocol names, which QEMU would follow to a network
-server or into a ``json:`` tree, are refused outright.
+names.  So each name is first resolved to the file that it opens (:func:`.local.open_storage` passes
+the real path and the inode of that file).  Then the file must lie in the directory of the image
+that names it, in one below, or in one that the user trusts with ``allow-dir=``; or it must be a
+file or device that the user trusts with ``allow-file=``.  Protocol names, which QEMU would follow
+to a network server or into a ``json:`` tree, are refused outright.
 
-A block device has no directory of its own.  All of a machine lie in ``/dev``, and LVM's volumes are
-``/dev/dm-0``, ``/dev/dm-1``, …, whatever their group: so "in the image's directory" would be every
-disk there is.  An image on a device therefore trusts nothing by itself, and no image trusts a
-device for where it lies, unless ``allow-dir=`` does.  Relative names in an image on a device start
-from the directory of the name that it was opened by, as for QEMU, since that is where its chain has
-names too (``/dev/group/base``); they are resolved and asked about like all others.
+A block device has no directory of its own.  All devices of a machine are in ``/dev``, and those of
+LVM are ``/dev/dm-0``, ``/dev/dm-1``, …, whatever their group: so "in the image's directory" would
+allow every disk.  Therefore an image on a device allows nothing by itself, and no image allows a
+device because of its directory; only ``allow-dir=`` and ``allow-file=`` do.  As in QEMU, relative
+names in an image on a device start in the directory of the name by which the device was opened,
+since the names of its chain are there too (``/dev/group/base``).  They are resolved and checked
+like all others.
 
 ``allow-file=`` is resolved when the image is opened, and stands for that one file by its inode, or
 for that one device by its number, under whatever name an image knows it.

@@ -7,8 +7,9 @@ use and counted less often will be given away and overwritten: a snapshot can be
 while it still reads well.  Clusters that are counted and not used (leaks) cost space alone: they
 are no damage, and one finding in all.
 
-What is wrong with one snapshot may show only beside the others, who use its clusters as well.  So
-all of it is read for one snapshot too, and what concerns others alone is left out at the end.
+Some damage of a snapshot shows only in comparison with others that use its clusters as well.  So
+everything is read even if one snapshot is to be checked, and findings that concern only others are
+left out at the end.
 """
 
 from __future__ import annotations

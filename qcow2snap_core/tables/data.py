@@ -1,9 +1,9 @@
 """Every cluster read, and decoded where it is compressed: the part of a check that reads data.
 
-The tables are gone through by the range of the guest that they map, and of those for one range each
-cluster is read once, however many of them lead to it: QEMU never moves a cluster from one guest
-offset to another.  What is read is read as for a guest, so only what a guest can see of it counts,
-and only there a check of the tables has nothing to say.
+All tables that map the same range of the guest's disk are read together, and each cluster to which
+they lead is read once, however many of them lead to it: QEMU never moves a cluster from one guest
+offset to another.  Clusters are read as for a guest, so only the part that a guest can see counts.
+What the check of the tables has reported already is not reported again.
 
 That bytes can be read does not mean that they are right: qcow2 has no checksums.  A zstd frame may
 have one, and a compressed stream has to end as it should.

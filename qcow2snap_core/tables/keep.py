@@ -1,12 +1,12 @@
 """Which snapshots a policy keeps: the rules of ``restic forget``, in its words.
 
-A rule that counts looks at periods that have snapshots, from the newest on, and keeps the newest
-snapshot of each, as many as it counts; where it comes to the oldest snapshot before it has counted
-to its end, it keeps that as well.  Periods are those of the calendar, in local time: hours, days,
-weeks from Monday on, months, years.  ``within`` keeps all that are younger than a duration, counted
-back from the newest one that is not in the future.  What any rule keeps is kept.
+A rule with a number N looks at the periods that have snapshots, from the newest on, and keeps the
+newest snapshot of each of the first N.  If there are fewer periods, it keeps the oldest snapshot as
+well.  Periods are those of the calendar, in local time: hours, days, weeks that begin on Mondays,
+months, years.  ``within`` keeps all snapshots that are younger than a duration, counted back from
+the newest one that is not in the future.  A snapshot that any of the rules keeps is kept.
 
-Facts: "Removing snapshots according to a policy" in restic's documentation.
+Source: "Removing snapshots according to a policy" in restic's documentation.
 """
 
 from __future__ import annotations

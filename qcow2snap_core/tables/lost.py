@@ -1,13 +1,13 @@
 """A disk whose tables are damaged: what they still tell, and what is lost with them.
 
-:meth:`.Disk.extents` ends at the first table that cannot be read or believed.  Whoever salvages
-goes on behind it, and so has to know how far the damage reaches.  A bad entry of an L2 table loses
-its cluster, and a sector of that table that cannot be read all that have an entry in it; with an L2
-table that is not there, or a bad entry of the L1 table, all is lost that is behind it.  So little
-is lost only where tables are read in sectors (``slice_bytes`` of :class:`.Options`).
+:meth:`.Disk.extents` ends at the first table that is unreadable or damaged.  ``copy --salvage``
+continues after it, and so has to know how far the damage reaches.  With a bad entry of an L2 table
+its cluster is lost; with an unreadable sector of an L2 table, the clusters of all entries in that
+sector; with a missing L2 table, or a bad entry of the L1 table, everything that the L2 table maps.
+To lose no more than that, tables must be read in sectors (``slice_bytes`` of :class:`.Options`).
 
-What the tables put past the end of the file is lost as well: nobody has to try and read it.  What
-else cannot be read or decoded, only a read will tell.
+Clusters that the tables put past the end of the file are lost as well, without an attempt to read
+them.  Whether the others can be read and decoded, only a read will tell.
 """
 
 from __future__ import annotations

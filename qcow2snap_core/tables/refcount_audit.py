@@ -1,9 +1,9 @@
 """The audit of the refcounts: which clusters can be overwritten although somebody needs them.
 
-One that is in use more often than its refcount says is free too early.  And COPIED in an entry of
-the active disk lets QEMU write in place, which must mean that nobody shares the cluster.  Either
-way a snapshot can be lost that still reads well.  Clusters that are counted and not used are leaks:
-they cost space alone, and are only counted themselves, as qemu-img check does.
+A cluster that is in use more often than its refcount says will be freed too early.  And COPIED in
+an entry of the active disk lets QEMU write in place, so nobody else may share that cluster.  In
+both cases a snapshot that can still be read well may be lost later.  Clusters that are counted and
+not used are leaks: they only waste space, and only their number is reported, as by qemu-img check.
 """
 
 from __future__ import annotations

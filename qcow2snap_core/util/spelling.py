@@ -18,5 +18,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return None
     import difflib
 
-    candidates = (k for k in islice(known, _MOST) if len(k) <= _LONGEST and k != word)
+    candidates = [k for k in islice(known, _MOST) if len(k) <= _LONGEST and k != word]
+    folded = word.casefold()  # no letter of NIGHTLY is one of nightly's
+    if same := next((k for k in candidates if k.casefold() == folded), None):
+        return same
     return next(iter(difflib.get_close_matches(word, candidates, 1)), None)

@@ -132,6 +132,7 @@ def disk(tmp_path: Path) -> Path:
 
 def test_a_misspelt_snapshot_is_guessed(disk: Path) -> None:
     assert "did you mean 'nightly'? it has 1 'weekly'" in fails("map", disk, "nigthly")
+    assert "did you mean 'nightly'? it has 1 'weekly'" in fails("map", disk, "NIGHTLY")
     assert "did you mean 'nightly'? it has 1 'weekly'" in refused(file=disk, snapshot="nihtly")
     assert "did you mean" not in fails("map", disk, "xyz")
 

@@ -1,4 +1,4 @@
-"""Backups: a full copy, then only what changed, restored and compared by hash; as README says."""
+"""Backups: a full copy, then only what changed, restored, compared by hash; as the recipe says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""base:allocation says what the README says, and what qemu-img map says of a copy of
+"""base:allocation says what the manual page says, and what qemu-img map says of a copy of
 the image whose active disk is the snapshot."""
 
 from __future__ import annotations

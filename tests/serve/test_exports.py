@@ -1,4 +1,4 @@
-"""The names under which snapshots are exported: every rule of the README's "Exports"."""
+"""The names under which snapshots are exported: every rule of "EXPORTS" in the manual page."""
 
 from __future__ import annotations
 

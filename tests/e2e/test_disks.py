@@ -15,6 +15,7 @@ import nbd
 import pytest
 from support import damage, qemu
 from support.qemu import KiB, MiB
+from support.running import eventually
 from support.server import Server, block_status, command, serve
 
 SIZE = 32 * MiB
@@ -131,10 +132,7 @@ def test_no_memory_is_an_error_of_the_request(disk: Path) -> None:
         with server.connect("s"):
             pass
         # A thread that the first client started imports what words an error.
-        deadline = time.monotonic() + 30
-        while server.threads() > threads:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        eventually(lambda: server.threads() <= threads)
         fails_for_lack_of_memory(server, expected)
 
 

@@ -165,11 +165,17 @@ class Volume:
 
     def _find(self, fs: Filesystem, path: Path) -> Node | Damaged:
         if not path:
-            return fs.root()
+            return self._root(fs)
         found = self._list(fs, path[:-1]).get(path[-1])
         if found is None:
             raise NotThere
         return found
+
+    def _root(self, fs: Filesystem) -> Node:
+        root = _usable(self._judged((), fs.root()))
+        if root.kind is not Kind.DIRECTORY:
+            raise ImageError("its root is no directory")
+        return root
 
     def _list(self, fs: Filesystem, path: Path) -> Listing:
         """Of a directory; those on the way to it are listed as well where they are not kept."""
@@ -180,7 +186,7 @@ class Volume:
             depth -= 1
         listing = self._listings.get(path[:depth])
         if listing is None:
-            listing = self._listed(fs, (), fs.root())
+            listing = self._listed(fs, (), self._root(fs))
         for below in range(depth, len(path)):
             node = listing.get(path[below])
             if node is None:

@@ -125,6 +125,28 @@ def test_a_size_that_no_file_has(tmp_path: Path, make: Callable[..., Path], back
         assert "no file has" in found.why
 
 
+ROOTS = {
+    "mode 0": "unknown kind",
+    "mode 0100644": "no directory",
+    "mode 0120777": "no directory",
+    "size 0xffffffffffffff00": "no file has",
+}
+
+
+@both
+@pytest.mark.parametrize("field", ROOTS)
+def test_a_root_that_is_none(make: Callable[..., Path], backend: str, field: str) -> None:
+    """In place of the filesystem there is a note that says so."""
+    needs("ext4", backend)
+    if backend == "tsk" and field.startswith("size"):
+        pytest.skip("libtsk takes only the lower half of a directory's size")
+    with open_image(str(make(f"set_inode_field <2> {field}"))) as image:
+        snapshot = Root(image, How(backend)).child(b"one")
+        assert b"files" not in snapshot.children().names
+        note = snapshot.child(b"files.error").open()
+        assert ROOTS[field].encode() in note.pread(0, 1000)
+
+
 LINKS = {  # in the directory sub, where `up` leads to / and `there` to deep
     "/etc/passwd": "../etc/passwd",
     "/": "../",

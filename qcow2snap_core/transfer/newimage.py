@@ -85,7 +85,8 @@ class NewImage:
         self._end = shape.cluster_size  # the first cluster is the header's
         # The next compressed cluster goes where the last one ended, as far as there is room.
         self._stream_end = self._stream_limit = 0
-        self._l1_tables: list[tuple[int, array[int]]] = []  # host offset; offsets of L2 tables
+        # A snapshot may have one of 32 MiB: what they are is in the file alone.
+        self._l1_tables: list[tuple[int, int]] = []  # host offset, entries
         self._entries: list[bytes] = []  # of the snapshot table
         self._offset_bits = 62 - (shape.cluster_bits - 8)
 
@@ -128,10 +129,7 @@ class NewImage:
 
     def read_l2(self, offset: int) -> array[int]:
         """The words of an L2 table that was written."""
-        try:
-            return q.integers(os.pread(self._fd, self._size, offset))
-        except OSError as e:
-            raise self._failed(e) from e
+        return self._words(offset, self._size)
 
     # --- What is in the image ---
 
@@ -193,9 +191,23 @@ class NewImage:
     # --- Inside ---
 
     def _add_l1(self, l1: array[int]) -> int:
+        """Write an L1 table, with COPIED nowhere; returns its host offset."""
         offset = self.allocate(max(1, len(l1)) * q.L1_ENTRY_SIZE)
-        self._l1_tables.append((offset, l1))
+        self.write(_big_endian(l1), offset)
+        self._l1_tables.append((offset, len(l1)))
         return offset
+
+    def _words(self, offset: int, length: int) -> array[int]:
+        """Those of a table that was written."""
+        try:
+            return q.integers(os.pread(self._fd, length, offset))
+        except OSError as e:
+            raise self._failed(e) from e
+
+    def _l1(self) -> Iterator[tuple[int, array[int]]]:
+        """The L1 tables with their host offsets."""
+        for offset, count in self._l1_tables:
+            yield offset, self._words(offset, count * q.L1_ENTRY_SIZE)
 
     def _count(
         self, tables: Counter[int], snapshots_offset: int, snapshots_length: int
@@ -203,7 +215,7 @@ class NewImage:
         """How often each cluster is referred to (QEMU: qcow2_update_snapshot_refcount)."""
         counts = array("Q", bytes(8 * (self._end // self._size)))
         counts[0] = 1
-        once = [(offset, len(l1) * q.L1_ENTRY_SIZE) for offset, l1 in self._l1_tables]
+        once = [(offset, count * q.L1_ENTRY_SIZE) for offset, count in self._l1_tables]
         for offset, length in [*once, (snapshots_offset, snapshots_length)]:
             for cluster in range(offset // self._size, -(-(offset + length) // self._size)):
                 counts[cluster] = 1
@@ -217,7 +229,7 @@ class NewImage:
     def _tables(self) -> Counter[int]:
         """How often each L2 table is referred to."""
         found: Counter[int] = Counter()
-        for _, l1 in self._l1_tables:
+        for _, l1 in self._l1():
             found.update(l1)
         del found[0]
         return found
@@ -233,7 +245,7 @@ class NewImage:
         return range(offset // self._size, offset // self._size + bool(offset))
 
     def _mark_copied(self, tables: Counter[int], counts: array[int]) -> None:
-        """Write the L1 tables, and COPIED into all entries that alone lead to their cluster."""
+        """Write COPIED into all entries that alone lead to their cluster."""
         for table, times in tables.items():
             if times > 1:
                 continue  # what it leads to is referred to as often
@@ -244,7 +256,7 @@ class NewImage:
                 if host and not entry & q.OFLAG_COMPRESSED and counts[host // self._size] == 1:
                     words[i] = entry | q.OFLAG_COPIED
             self.write(_big_endian(words), table)
-        for offset, l1 in self._l1_tables:
+        for offset, l1 in self._l1():
             once = (e | q.OFLAG_COPIED if e and counts[e // self._size] == 1 else e for e in l1)
             self.write(_big_endian(array("Q", once)), offset)
 

@@ -27,7 +27,7 @@ from support.qemu import MiB
 from support.relay import relayed
 from support.server import ROOT
 
-from qcow2snap_core.host.qmp import FrozenGuest, Qmp, QmpError
+from qcow2snap_core.host.qmp import FrozenGuest, NotThawed, Qmp, QmpError
 
 TAKE = [sys.executable, "-m", "qcow2snap_core", "take"]
 
@@ -400,6 +400,21 @@ def test_a_socket_that_another_program_holds_is_told_soon(qmp: Path, tmp_path: P
         assert process.returncode == 1
         assert time.monotonic() - begun < 30
     assert f"'{qmp}' does not answer: is another program using it?" in line
+
+
+def test_a_late_answer_is_not_taken_for_that_of_the_thaw(tmp_path: Path) -> None:
+    """The guest has frozen after all, and remains so."""
+
+    def late() -> Iterator[object]:
+        time.sleep(1)
+        yield {"return": 1}
+
+    answers = {"guest-fsfreeze-freeze": late(), "guest-fsfreeze-thaw": refused("stuck")}
+    agent = Agent(tmp_path / "agent", answers)
+    said = pytest.raises(NotThawed, match="the guest was not thawed: guest-fsfreeze-thaw: stuck")
+    with said, FrozenGuest(f"{tmp_path}/agent", 0.7):
+        raise AssertionError
+    agent.close()
 
 
 @pytest.mark.parametrize("command", ["guest-sync", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"])

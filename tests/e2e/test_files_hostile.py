@@ -15,6 +15,7 @@ from support.filesystems import make_filesystem, needs, snapshot_of
 from support.qemu import MiB
 
 import qcow2snap_core
+from qcow2snap_core import cli
 from qcow2snap_core.errors import SnapshotGone
 from qcow2snap_core.files.extract import stays_inside
 from qcow2snap_core.files.tree import find
@@ -223,6 +224,31 @@ def test_what_is_there_is_replaced_only_with_force(
     assert below(out) == ["top", "top/z"]
     assert extracted(image, "tsk", "--force") == []
     assert (out / "top" / "z").read_text() == (out / "top" / "a").read_text() == "new"
+
+
+def test_what_is_replaced_is_lost_only_when_all_of_the_new_is_on_the_disk(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree" / "a").write_text("new")
+    image = make()
+    done: list[tuple[str, int]] = []
+    synced, renamed = os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        done.append(("fsync", os.fstat(fd).st_ino))
+        synced(fd)
+
+    def rename(old: bytes, new: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        done.append(("rename", os.stat(old, dir_fd=src_dir_fd).st_ino))
+        renamed(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    (tmp_path / "out" / "a").write_text("old")
+    words = ["--backend", "tsk", "--force", str(image), "one", "/a", str(tmp_path / "out")]
+    assert cli.main(["extract", *words]) == 0
+    inode = (tmp_path / "out" / "a").stat().st_ino
+    assert done == [("fsync", inode), ("rename", inode)]
 
 
 def test_a_link_in_the_target_is_not_followed(tmp_path: Path, make: Callable[..., Path]) -> None:

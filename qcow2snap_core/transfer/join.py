@@ -159,8 +159,10 @@ def _recorded(chain: Sequence[tuple[Storage, Layer]], warn: Warn) -> _Recorded:
     with progress("checking", sum(entry.disk.size for entry in entries.values())) as bar:
         for number, entry in entries.items():
             below = files[number - 1] if number - 1 in entries else None
+            storage, layer = chain[number]
             described = entry.disk.size, entry.disk.sha256
-            if entry.parent != below or size_and_digest(chain[number][0], bar) != described:
+            fits = entry.parent == below and entry.snapshot.disk_size == layer.size
+            if not fits or size_and_digest(storage, bar) != described:
                 warn(f"{shown(paths[number])} was changed since {manifest.NAME} was made: {advice}")
                 return nothing
     ends_active = files[-1] == found.active

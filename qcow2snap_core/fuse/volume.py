@@ -27,6 +27,7 @@ from ..image.disk import Disk
 
 _T = TypeVar("_T")
 Path = tuple[bytes, ...]
+Key = tuple[int, int]  # of a node
 
 _DEEPEST: Final = 1000  # directories
 _MOST_LINKS: Final = 40  # as the kernel
@@ -92,7 +93,9 @@ class Volume:
         self._times = 0  # that it was opened
         self._listings: dict[Path, Listing] = {}
         self._kept = 0  # their entries
-        self._places: dict[tuple[int, int], Path] = {}  # of directories, by their key
+        # Of directories, by their key: that of the one above, and the name there.  Paths would take
+        # the more the deeper they are.
+        self._places: dict[Key, tuple[Key | None, bytes]] = {}
 
     def confirm(self) -> None:
         """Ask the guard alone; in any thread."""
@@ -172,7 +175,7 @@ class Volume:
         return found
 
     def _root(self, fs: Filesystem) -> Node:
-        root = _usable(self._judged((), fs.root()))
+        root = _usable(self._judged(None, b"", fs.root()))
         if root.kind is not Kind.DIRECTORY:
             raise ImageError("its root is no directory")
         return root
@@ -197,7 +200,6 @@ class Volume:
     def _listed(self, fs: Filesystem, path: Path, directory: Node) -> Listing:
         if directory.kind is not Kind.DIRECTORY:
             raise ImageError("it is no directory")
-        self._places.setdefault(directory.key, path)
         listing: dict[bytes, Node | Damaged] = {}
         for number, node in enumerate(fs.children(directory)):
             if number == _MOST_ENTRIES:
@@ -208,15 +210,16 @@ class Volume:
             if name in listing:
                 listing[name] = Damaged("the name is there twice")
             else:
-                listing[name] = self._judged((*path, name), node)
+                listing[name] = self._judged(directory.key, name, node)
         while self._listings and self._kept + len(listing) > _KEPT:
             self._kept -= len(self._listings.pop(next(iter(self._listings))))
         self._listings[path] = listing
         self._kept += len(listing)
         return listing
 
-    def _judged(self, path: Path, node: Node) -> Node | Damaged:
-        if node.kind is Kind.DIRECTORY and self._places.setdefault(node.key, path) != path:
+    def _judged(self, above: Key | None, name: bytes, node: Node) -> Node | Damaged:
+        place = above, name
+        if node.kind is Kind.DIRECTORY and self._places.setdefault(node.key, place) != place:
             return Damaged("the directory is in two places")
         if node.kind is Kind.OTHER:
             return Damaged("it is of an unknown kind")

@@ -4,6 +4,7 @@ leads the host's kernel anywhere."""
 from __future__ import annotations
 
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,6 +281,28 @@ def test_a_directory_that_is_opened_again_needs_little_memory(
         assert all(each.names == first.names for each in again)
         assert len(first.names) == count + 1
         assert used < times * count * 20, "a name's place in a list"
+
+
+def test_directories_that_were_met_need_no_more_memory_where_they_are_deep(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    needs("ext4", "tsk")
+    used = []
+    for depth in (1, 300):
+        where = (b"sub", *[b"d"] * depth)
+        bottom = tmp_path / "tree" / os.fsdecode(b"/".join(where))
+        bottom.mkdir(parents=True, exist_ok=True)
+        for number in range(1000):
+            (bottom / f"n{number}").mkdir()
+        with opened(make(), "tsk") as volume:
+            volume.listing(where[:-1])
+            tracemalloc.start()
+            volume.listing(where)
+            volume._drop()  # which keeps in mind what was met
+            used.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+        shutil.rmtree(bottom)
+    assert used[1] < 1.5 * used[0]
 
 
 def test_only_so_many_entries_are_kept(

@@ -433,6 +433,17 @@ def test_a_guest_that_talks_for_ever_does_not_answer(tmp_path: Path, command: st
     agent.close()
 
 
+def test_a_name_that_qemu_has_cut_off(tmp_path: Path) -> None:
+    """As it does with one that is longer than a path (bdrv_refresh_filename)."""
+    name = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/disk...'
+    nodes = [NODES[0] | {"image": NODES[0]["image"] | {"filename": name}}]
+    replies = THERE | {"query-named-block-nodes": nodes, "blockdev-snapshot-internal-sync": {}}
+    with false_qemu(tmp_path / "qmp", replies):
+        done = take("--qmp", tmp_path / "qmp", "--device", "d0", "x")
+    assert done.stderr.startswith("qcow2snap: the snapshot 'x' of 'd0' was taken, but where QEMU")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_what_qemu_says_of_its_nodes_is_one_line(tmp_path: Path) -> None:
     nodes = [*NODES, {"node-name": "a\nb", "drv": "qcow2"}, {"node-name": "c", "drv": "x\x1b[2J"}]
     with false_qemu(tmp_path / "qmp", THERE | {"query-named-block-nodes": nodes}):

@@ -13,7 +13,6 @@ absolute one, or one that climbs above the root, would lead to the host's own fi
 
 from __future__ import annotations
 
-import threading
 from asyncio import Lock
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, TypeVar
@@ -38,8 +37,6 @@ _LARGEST: Final = (1 << 63) - 1
 _MOST_ENTRIES: Final = 100_000
 #: How many entries the listings that are kept may have, the last one not counted
 _KEPT: Final = 50_000
-#: Filesystems that are open at once: each has what it read in memory
-_MOST_OPEN: Final = 32
 
 
 class Damaged(NamedTuple):
@@ -53,27 +50,6 @@ Listing = Mapping[bytes, Node | Damaged]
 
 class NotThere(Exception):
     """No such file."""
-
-
-class InUse:
-    """Which volumes are open, the one that was asked last at the end."""
-
-    def __init__(self) -> None:
-        self._volumes: dict[Volume, None] = {}
-        self._guard = threading.Lock()
-
-    def note(self, volume: Volume) -> None:
-        with self._guard:
-            self._volumes.pop(volume, None)
-            self._volumes[volume] = None
-
-    def excess(self) -> list[Volume]:
-        """Those that are to be closed; they are no longer counted."""
-        with self._guard:
-            found = list(self._volumes)[: max(0, len(self._volumes) - _MOST_OPEN)]
-            for volume in found:
-                del self._volumes[volume]
-            return found
 
 
 class Volume:

@@ -26,16 +26,17 @@ from ..image.opener import open_image
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
 from ..util.progress import Advance, progress
-from .chains import check_local, kept_backing
+from .chains import check_source, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
 from .mover import Plan, whole
-from .newimage import NewImage, Shape, new_image
+from .newimage import NewImage, new_image
 from .outputs import output, permissions
 from .overlays import shape_of
 from .room import check_space
+from .shape import Shape
 from .verify import State, check_described, check_sound, compare_state, reading
 
 COMPACT_TARGETS: Final = Kind.FILE
@@ -51,9 +52,7 @@ def compact(
     StorageError when the file cannot be written.
     """
     out = place.name
-    place.ensure_apart(image.files)
-    check_local(image)
-    ensure_not_written(image.files)
+    check_source(image, place)
     table = image.table()
     if table.damage is not None:
         raise ImageError(f"the snapshot table of {shown(image.path)} is damaged: {table.damage}")

@@ -19,48 +19,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import Final
 
-from ..errors import StorageError, UsageError, reason, shown
+from ..errors import StorageError, reason, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot
+from .shape import Shape, header
 
-_HEADER_LENGTH: Final = 112  # with the compression type and its padding
 _REFCOUNTS: Final = {4: "H", 5: "I", 6: "Q"}  # refcount_order: type; QEMU makes 16 bits as a rule
-
-
-class Shape(NamedTuple):
-    """What is the same for all of an image."""
-
-    cluster_bits: int
-    extended_l2: bool = False
-    compression: int = q.COMPRESSION_ZLIB
-    backing_file: bytes = b""
-    backing_format: bytes = b""
-
-    @property
-    def cluster_size(self) -> int:
-        return 1 << self.cluster_bits
-
-    def over(self, backing: tuple[str, str] | None) -> Shape:
-        """The same over a backing file, of which the name and the format are given."""
-        name, form = backing or ("", "")
-        return self._replace(backing_file=os.fsencode(name), backing_format=form.encode())
-
-    @property
-    def entry_words(self) -> int:
-        """64-bit words of an L2 entry."""
-        return 2 if self.extended_l2 else 1
-
-    @property
-    def l2_entries(self) -> int:
-        """Entries of an L2 table."""
-        return self.cluster_size // (q.L2_ENTRY_SIZE * self.entry_words)
-
-    @property
-    def bytes_per_l1_entry(self) -> int:
-        """Guest bytes behind one L1 entry."""
-        return self.l2_entries * self.cluster_size
 
 
 @contextmanager
@@ -172,7 +138,9 @@ class NewImage:
             os.ftruncate(self._fd, self._end)
             os.fsync(self._fd)
             self.write(
-                self._header(
+                header(
+                    self._shape,
+                    self._path,
                     size=size,
                     l1_size=len(l1),
                     l1_table_offset=active,
@@ -280,44 +248,6 @@ class NewImage:
             part = array(_REFCOUNTS[order], counts[i * per_block : (i + 1) * per_block])
             self.write(_big_endian(part), first + i * self._size)
         return order, table, clusters
-
-    def _header(self, **fields: int) -> bytes:
-        shape = self._shape
-        incompatible = q.INCOMPAT_EXTL2 if shape.extended_l2 else 0
-        if shape.compression != q.COMPRESSION_ZLIB:
-            incompatible |= q.INCOMPAT_COMPRESSION
-        extensions = b""
-        if shape.backing_format:
-            extensions += struct.pack(">II", q.EXT_BACKING_FORMAT, len(shape.backing_format))
-            extensions += shape.backing_format + bytes(-len(shape.backing_format) % 8)
-        extensions += struct.pack(">II", q.EXT_END, 0)
-        name = shape.backing_file
-        known = dict(
-            magic=q.MAGIC,
-            version=3,
-            backing_file_offset=_HEADER_LENGTH + len(extensions) if name else 0,
-            backing_file_size=len(name),
-            cluster_bits=shape.cluster_bits,
-            crypt_method=q.CRYPT_NONE,
-            incompatible_features=incompatible,
-            compatible_features=0,
-            autoclear_features=0,
-            header_length=_HEADER_LENGTH,
-            **fields,
-        )
-        raw = b"".join(
-            struct.pack(f">{code}", known[field])
-            for layout in (q.HEADER_V2, q.HEADER_V3)
-            for field, code in layout.codes.items()
-        )
-        raw += bytes([shape.compression]).ljust(_HEADER_LENGTH - len(raw), b"\0")
-        raw += extensions + name
-        if len(raw) > self._size:
-            raise UsageError(
-                f"the name of the backing file, {shown(os.fsdecode(name))}, does not fit into the "
-                f"first cluster of {shown(self._path)}"
-            )
-        return raw
 
     def _failed(self, e: OSError) -> StorageError:
         return StorageError(f"writing {shown(self._path)} failed: {reason(e)}")

@@ -29,6 +29,9 @@ _CLASSES: Final = {
     kinds.XFS: ("xfs", "XfsFilesystem"),
     kinds.BTRFS: ("btrfs", "BtrfsFilesystem"),
 }
+_EXT_EXTENTS: Final = 0x80000  # EXT4_EXTENTS_FL
+_EXT_UNWRITTEN: Final = 0x8000  # more blocks than this, less it: EXT_INIT_MAX_LEN
+_MOST_BLOCKS: Final = 1 << 24  # of each there is a number in memory
 _XFS_REALTIME: Final = 1  # XFS_DIFLAG_REALTIME
 _XFS_LOCAL: Final = 1  # XFS_DINODE_FMT_LOCAL
 _TYPES: Final = {
@@ -97,6 +100,8 @@ class Dissect:
         """Where a file has data, in bytes; neighbours are put together."""
         found: list[tuple[int, int]] = []
         with judged(self._window, shown(node.name)):
+            if self.kind == kinds.EXT and node.size:
+                self._ensure_short(node)
             for start, length in self._extents(node.handle.entry, node.size):
                 end = min(start + length, node.size)
                 before = sum(found[-1]) if found else -1
@@ -129,6 +134,26 @@ class Dissect:
                 if extent.disk_offset:
                     yield offset, extent.length
                 offset += extent.length
+
+    def _ensure_short(self, node: Node) -> None:
+        """Before all of a file's runs are in memory: a tree of extents may lead to the same ones
+        again and again, and a file without extents may be as long as it likes.
+
+        Raises ImageError for the former, Unreadable for the latter.
+        """
+        inode = node.handle.entry
+        if not inode.inode.i_flags & _EXT_EXTENTS:
+            if node.size > _MOST_BLOCKS * self._fs.extfs.block_size:
+                raise Unreadable(
+                    f"{shown(node.name)} has no extents and too many blocks for dissect"
+                )
+            return
+        module = importlib.import_module("dissect.extfs.extfs")
+        end = 0
+        for extent in module._parse_extents(inode, io.BytesIO(inode.inode.i_block)):
+            if extent.ee_block < end:
+                raise ImageError(f"{shown(node.name)} has extents that overlap")
+            end = extent.ee_block + extent.ee_len % _EXT_UNWRITTEN
 
     def _xfs_extents(self, inode: Any, size: int) -> Iterator[tuple[int, int]]:
         if inode.inode.di_flags & _XFS_REALTIME:

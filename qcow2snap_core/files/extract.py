@@ -281,4 +281,6 @@ class _Writer:
         os.ftruncate(fd, node.size)
         os.fchmod(fd, node.mode & 0o777)
         os.utime(fd, ns=(node.mtime, node.mtime))
+        if self._limits.force:  # after a crash there is what it replaces, or all of this
+            os.fsync(fd)
         return written

@@ -26,7 +26,7 @@ _KNOWN: Final = _REVOKES | _64BIT | _CSUM_V2 | _CSUM_V3
 _ESCAPED, _SAME_UUID, _LAST = 1, 2, 8
 _MOST: Final = 1 << 30  # bytes; mke2fs makes none that is larger
 
-#: Reads (offset, length) of the journal
+#: Reads all of (offset, length) of the journal, or raises
 Read = Callable[[int, int], bytes]
 
 
@@ -36,7 +36,7 @@ def replayed(read: Read, size: int) -> tuple[int, dict[int, bytes]]:
     Raises ImageError for a journal that is damaged, or of a kind that is not known here.
     """
     header = read(0, 1024)
-    if len(header) < 1024 or struct.unpack_from(">I", header)[0] != _MAGIC:
+    if struct.unpack_from(">I", header)[0] != _MAGIC:
         raise ImageError("the filesystem's journal is damaged: no header")
     block_size, total, first, sequence, start = struct.unpack_from(">5I", header, 12)
     incompatible = struct.unpack_from(">I", header, 40)[0] if header[7] == 4 else 0
@@ -64,48 +64,48 @@ class _Journal:
     def blocks(self, start: int, sequence: int) -> dict[int, bytes]:
         """What the complete transactions write; later ones win, and what was revoked does not
         count, since the block has become somebody's data."""
-        found: dict[int, tuple[int, int, bool]] = {}
-        revoked: dict[int, int] = {}
-        for number, writes, revokes in self._transactions(start, sequence):
-            for block in revokes:
-                revoked[block] = number
-            for block, where, escape in writes:
-                found[block] = number, where, escape
+        found: dict[int, tuple[int, bool]] = {}
+        for writes, revokes in self._transactions(start, sequence):
+            found |= writes
+            for where in revokes:
+                for block in self._revoked(self._block(where)):
+                    found.pop(block, None)
         result = {}
-        for block, (number, where, escape) in found.items():
-            if revoked.get(block, -1) < number:
-                data = self._block(where)
-                result[block] = struct.pack(">I", _MAGIC) + data[4:] if escape else data
+        for block, (where, escape) in found.items():
+            data = self._block(where)
+            result[block] = struct.pack(">I", _MAGIC) + data[4:] if escape else data
         return result
 
     def _transactions(
         self, position: int, sequence: int
-    ) -> Iterator[tuple[int, list[tuple[int, int, bool]], list[int]]]:
-        """Number, (block, where it is in the journal, escaped), revoked blocks."""
-        writes: list[tuple[int, int, bool]] = []
+    ) -> Iterator[tuple[dict[int, tuple[int, bool]], list[int]]]:
+        """Of each the blocks that it writes, with where they are in the journal and whether they
+        are escaped; and where it revokes others: a block of these has thousands of numbers."""
+        writes: dict[int, tuple[int, bool]] = {}
         revokes: list[int] = []
-        number = 0  # counted from the first: sequences wrap
-        for _ in range(self._total):  # a journal has no more blocks than that
+        left = self._total - self._first  # each block is part of the log once
+        while left > 0:
             block = self._block(position)
             magic, kind, its = struct.unpack_from(">3I", block)
             if magic != _MAGIC or its != sequence:
                 return
-            position = self._after(position)
+            here, position = position, self._after(position)
+            left -= 1
             if kind == _DESCRIPTOR:
                 for target, escape in self._tags(block):
-                    writes.append((target, position, escape))
+                    writes[target] = position, escape
                     position = self._after(position)
-                    if len(writes) > self._total:
-                        raise ImageError("the filesystem's journal is damaged: it has no end")
+                    left -= 1
             elif kind == _REVOKE:
-                revokes += self._revoked(block)
+                revokes.append(here)
             elif kind == _COMMIT:
-                yield number, writes, revokes
-                writes, revokes = [], []
+                yield writes, revokes
+                writes, revokes = {}, []
                 sequence = (sequence + 1) & 0xFFFFFFFF
-                number += 1
             else:
                 return
+        if left < 0:
+            raise ImageError("the filesystem's journal is damaged: it has no end")
 
     def _tags(self, block: bytes) -> Iterator[tuple[int, bool]]:
         wide = self._features & _64BIT
@@ -126,19 +126,15 @@ class _Journal:
             if flags & _LAST:
                 return
 
-    def _revoked(self, block: bytes) -> list[int]:
-        size = 8 if self._features & _64BIT else 4
+    def _revoked(self, block: bytes) -> tuple[int, ...]:
+        size, code = (8, "Q") if self._features & _64BIT else (4, "I")
         [used] = struct.unpack_from(">I", block, 12)
         if not 16 <= used <= self._size:
             raise ImageError("the filesystem's journal is damaged: a revoke block")
-        places = range(16, used - size + 1, size)
-        return [int.from_bytes(block[at : at + size], "big") for at in places]
+        return struct.unpack_from(f">{(used - 16) // size}{code}", block, 16)
 
     def _block(self, number: int) -> bytes:
-        data = self._read(number * self._size, self._size)
-        if len(data) != self._size:
-            raise ImageError("the filesystem's journal is damaged: it ends early")
-        return data
+        return self._read(number * self._size, self._size)
 
     def _after(self, number: int) -> int:
         return number + 1 if number + 1 < self._total else self._first
@@ -149,7 +145,7 @@ def is_xfs_log_dirty(window: Window) -> bool:
 
     Raises ImageError when the log is not where the superblock says.
     """
-    header = window.pread(0, 256)
+    header = window.exactly(0, 256)
     [block_size] = struct.unpack_from(">I", header, 4)
     [start] = struct.unpack_from(">Q", header, 48)
     [group_blocks] = struct.unpack_from(">I", header, 84)
@@ -172,11 +168,11 @@ def is_xfs_log_dirty(window: Window) -> bool:
                     newest, at = (cycle, number), piece + place
     if at is None:
         return False
-    record = window.pread(at, 1024)
+    record = window.exactly(at, 512)
     [operations] = struct.unpack_from(">I", record, 40)
     size = struct.unpack_from(">I", record, 320)[0]
     headers = max(1, -(-size // 32768)) if struct.unpack_from(">I", record, 8)[0] & 2 else 1
-    operation = window.pread(at + headers * 512, 12)
+    operation = window.exactly(at + headers * 512, 12)
     return not (operations == 1 and operation[9] & 0x20)  # XLOG_UNMOUNT_TRANS
 
 

@@ -73,7 +73,7 @@ def partitions(disk: Window) -> list[Partition]:
 
 
 def _gpt(disk: Window, sector: int) -> list[Partition]:
-    header = disk.pread(sector, 92)
+    header = disk.exactly(sector, 92)
     size, checksum = struct.unpack_from("<II", header, 12)
     lba, count, entry_size, entries_checksum = struct.unpack_from("<QIII", header, 72)
     whole = disk.pread(sector, min(size, sector))
@@ -81,7 +81,7 @@ def _gpt(disk: Window, sector: int) -> list[Partition]:
         raise ImageError("the disk's GUID partition table is damaged: its header's checksum")
     if entry_size % 128 or not 128 <= entry_size <= 4096 or count > _MOST_ENTRIES:
         raise ImageError("the disk's GUID partition table is damaged: the size of its entries")
-    if lba * sector >= disk.length:
+    if lba * sector + count * entry_size > disk.length:
         raise ImageError("the disk's GUID partition table is damaged: it lies behind the end")
     table = disk.pread(lba * sector, count * entry_size)
     if zlib.crc32(table) != entries_checksum:

@@ -6,7 +6,6 @@ is known to read wrong it is not asked for.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -179,7 +178,7 @@ def _opened(window: Window, kind: str, back_ends: tuple[str, ...]) -> Any:
 def _judge_ext(window: Window, back_ends: tuple[str, ...]) -> tuple[str, ...]:
     """Those that read it right.  Raises Unreadable when none does."""
     features = _incompatible(window)
-    [read_only] = struct.unpack("<I", window.pread(1024 + 100, 4))
+    read_only = int.from_bytes(window.exactly(1024 + 100, 4), "little")
     if features & _ENCRYPT:
         raise Unreadable("the filesystem is partly encrypted by the guest: mount it with its keys")
     unknown = features & ~_EXT_KNOWN
@@ -194,7 +193,7 @@ def _judge_ext(window: Window, back_ends: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _incompatible(window: Window) -> int:
-    return int.from_bytes(window.pread(1024 + 96, 4), "little")
+    return int.from_bytes(window.exactly(1024 + 96, 4), "little")
 
 
 def _is_dirty(window: Window, kind: str, filesystem: Any) -> bool:
@@ -208,8 +207,9 @@ def _is_dirty(window: Window, kind: str, filesystem: Any) -> bool:
 
 def _reader(filesystem: Filesystem, node: Node) -> journal.Read:
     def read(offset: int, length: int) -> bytes:
-        if offset + length > node.size:
+        data = filesystem.pread(node, offset, length)
+        if len(data) != length:
             raise ImageError("the filesystem's journal is damaged: it ends early")
-        return filesystem.pread(node, offset, length)
+        return data
 
     return read

@@ -77,6 +77,15 @@ class Window(io.RawIOBase):
         self.seek(offset)
         return self.read(length) or b""
 
+    def exactly(self, offset: int, length: int) -> bytes:
+        """All of these bytes.  Raises ImageError when it ends before."""
+        data = self.pread(offset, length)
+        if len(data) != length:
+            raise ImageError(
+                f"the disk or partition ends inside the {length} bytes of metadata at {offset}"
+            )
+        return data
+
     def check(self) -> None:
         """Raises what has failed, whatever became of it since."""
         if isinstance(self._raw, Window):

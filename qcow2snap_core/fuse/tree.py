@@ -27,7 +27,8 @@ from ..format.snapshots import Identity, Snapshot
 from ..image.disk import Disk
 from ..image.image import Image
 from .entries import Attributes, Bytes, Children, Entry, Folder, Guest, Note
-from .volume import InUse, Volume
+from .inuse import InUse
+from .volume import Volume
 
 #: Stands beside the snapshots when there may be more that could not be read
 _DAMAGED: Final = "snapshots.error"

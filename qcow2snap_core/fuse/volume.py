@@ -13,7 +13,6 @@ absolute one, or one that climbs above the root, would lead to the host's own fi
 
 from __future__ import annotations
 
-import threading
 from asyncio import Lock
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, TypeVar
@@ -27,6 +26,7 @@ from ..image.disk import Disk
 
 _T = TypeVar("_T")
 Path = tuple[bytes, ...]
+Key = tuple[int, int]  # of a node
 
 _DEEPEST: Final = 1000  # directories
 _MOST_LINKS: Final = 40  # as the kernel
@@ -37,8 +37,6 @@ _LARGEST: Final = (1 << 63) - 1
 _MOST_ENTRIES: Final = 100_000
 #: How many entries the listings that are kept may have, the last one not counted
 _KEPT: Final = 50_000
-#: Filesystems that are open at once: each has what it read in memory
-_MOST_OPEN: Final = 32
 
 
 class Damaged(NamedTuple):
@@ -52,27 +50,6 @@ Listing = Mapping[bytes, Node | Damaged]
 
 class NotThere(Exception):
     """No such file."""
-
-
-class InUse:
-    """Which volumes are open, the one that was asked last at the end."""
-
-    def __init__(self) -> None:
-        self._volumes: dict[Volume, None] = {}
-        self._guard = threading.Lock()
-
-    def note(self, volume: Volume) -> None:
-        with self._guard:
-            self._volumes.pop(volume, None)
-            self._volumes[volume] = None
-
-    def excess(self) -> list[Volume]:
-        """Those that are to be closed; they are no longer counted."""
-        with self._guard:
-            found = list(self._volumes)[: max(0, len(self._volumes) - _MOST_OPEN)]
-            for volume in found:
-                del self._volumes[volume]
-            return found
 
 
 class Volume:
@@ -92,7 +69,9 @@ class Volume:
         self._times = 0  # that it was opened
         self._listings: dict[Path, Listing] = {}
         self._kept = 0  # their entries
-        self._places: dict[tuple[int, int], Path] = {}  # of directories, by their key
+        # Of directories, by their key: that of the one above, and the name there.  Paths would take
+        # the more the deeper they are.
+        self._places: dict[Key, tuple[Key | None, bytes]] = {}
 
     def confirm(self) -> None:
         """Ask the guard alone; in any thread."""
@@ -165,11 +144,17 @@ class Volume:
 
     def _find(self, fs: Filesystem, path: Path) -> Node | Damaged:
         if not path:
-            return fs.root()
+            return self._root(fs)
         found = self._list(fs, path[:-1]).get(path[-1])
         if found is None:
             raise NotThere
         return found
+
+    def _root(self, fs: Filesystem) -> Node:
+        root = _usable(self._judged(None, b"", fs.root()))
+        if root.kind is not Kind.DIRECTORY:
+            raise ImageError("its root is no directory")
+        return root
 
     def _list(self, fs: Filesystem, path: Path) -> Listing:
         """Of a directory; those on the way to it are listed as well where they are not kept."""
@@ -180,7 +165,7 @@ class Volume:
             depth -= 1
         listing = self._listings.get(path[:depth])
         if listing is None:
-            listing = self._listed(fs, (), fs.root())
+            listing = self._listed(fs, (), self._root(fs))
         for below in range(depth, len(path)):
             node = listing.get(path[below])
             if node is None:
@@ -191,7 +176,6 @@ class Volume:
     def _listed(self, fs: Filesystem, path: Path, directory: Node) -> Listing:
         if directory.kind is not Kind.DIRECTORY:
             raise ImageError("it is no directory")
-        self._places.setdefault(directory.key, path)
         listing: dict[bytes, Node | Damaged] = {}
         for number, node in enumerate(fs.children(directory)):
             if number == _MOST_ENTRIES:
@@ -202,15 +186,16 @@ class Volume:
             if name in listing:
                 listing[name] = Damaged("the name is there twice")
             else:
-                listing[name] = self._judged((*path, name), node)
+                listing[name] = self._judged(directory.key, name, node)
         while self._listings and self._kept + len(listing) > _KEPT:
             self._kept -= len(self._listings.pop(next(iter(self._listings))))
         self._listings[path] = listing
         self._kept += len(listing)
         return listing
 
-    def _judged(self, path: Path, node: Node) -> Node | Damaged:
-        if node.kind is Kind.DIRECTORY and self._places.setdefault(node.key, path) != path:
+    def _judged(self, above: Key | None, name: bytes, node: Node) -> Node | Damaged:
+        place = above, name
+        if node.kind is Kind.DIRECTORY and self._places.setdefault(node.key, place) != place:
             return Damaged("the directory is in two places")
         if node.kind is Kind.OTHER:
             return Damaged("it is of an unknown kind")

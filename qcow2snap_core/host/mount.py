@@ -205,7 +205,7 @@ class _Said(Thread):
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(daemon=True)
         self._stream = stream
-        self._lines: list[str] = []
+        self._first = ""
         self._passing = self._hushed = False
         self.start()
 
@@ -213,7 +213,7 @@ class _Said(Thread):
         for raw in self._stream:
             line = escaped(raw.rstrip(b"\n"))
             if not self._passing:
-                self._lines.append(line)
+                self._first = self._first or line
             elif not self._hushed:
                 with suppress(OSError):  # or they would wait for a reader for ever
                     print(line, file=sys.stderr, flush=True)
@@ -229,4 +229,4 @@ class _Said(Thread):
     def first_line(self) -> str:
         """What they said before they ended."""
         self.join()
-        return self._lines[0] if self._lines else ""
+        return self._first

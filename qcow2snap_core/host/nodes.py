@@ -56,7 +56,10 @@ def ensure_qcow2(there: Mapping[str, Node], devices: Sequence[str], advice: str 
 def file_name(name: str) -> str:
     """The path in QEMU's name of an image, which may be a tree of options."""
     if name.startswith("json:"):
-        tree = json.loads(name.removeprefix("json:"))
+        try:
+            tree = json.loads(name.removeprefix("json:"))
+        except ValueError:  # QEMU cuts a long one off, and ends it with dots
+            return name
         while isinstance(tree.get("file"), dict):
             tree = tree["file"]
         return str(tree.get("filename", tree.get("file.filename", name)))

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ..errors import Error, escaped, reason, shown
-from ..util.interrupts import raise_if_interrupted
+from ..util.interrupts import Interrupted, raise_if_interrupted
 
 _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is long
 #: seconds for a greeting, which no work precedes (libvirt gives the agent's as many)
@@ -29,6 +29,10 @@ _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
 
 class QmpError(Error):
     """QEMU, or the guest agent, refused a command or did not answer."""
+
+
+class _NoAnswer(QmpError):
+    """It may come yet."""
 
 
 class NotThawed(QmpError):
@@ -69,6 +73,7 @@ class _JsonSocket:
         self._path = path
         self._timeout = timeout
         self._ahead = b""  # of what has been received, behind the last line
+        self._unanswered = 0  # commands whose answer was not waited for
         self._interruptible = True
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
@@ -96,7 +101,7 @@ class _JsonSocket:
         try:
             line = self._line(deadline)
         except TimeoutError as e:
-            raise QmpError(
+            raise _NoAnswer(
                 f"{shown(self._path)} does not answer: is another program using it? "
                 f"a socket serves one at a time"
             ) from e
@@ -139,9 +144,15 @@ class _JsonSocket:
         self._send(request(command, arguments))
         deadline = self._deadline()
         while True:
-            answer = self._receive(deadline)
+            try:
+                answer = self._receive(deadline)
+            except (_NoAnswer, Interrupted):
+                self._unanswered += 1
+                raise
             if "return" in answer or "error" in answer:  # and no event
-                return result(command, answer)
+                if not self._unanswered:
+                    return result(command, answer)
+                self._unanswered -= 1
 
     @contextmanager
     def to_the_end(self) -> Iterator[None]:

@@ -19,9 +19,10 @@ from ..image.opener import Options, open_image
 from ..tables.diff import changes
 from ..util.progress import Advance
 from .mover import Plan
-from .newimage import Shape, new_image
+from .newimage import new_image
 from .overlays import spared
 from .room import check_room
+from .shape import Shape
 from .states import StateWriter, Streams, Tables
 from .verify import State, check_described, check_sound, compare_state
 

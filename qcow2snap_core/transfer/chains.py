@@ -1,4 +1,4 @@
-"""What images record of each other, and how that is written."""
+"""Images that become other ones: what has to hold for that, and what they record of each other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from ..errors import UsageError, shown
 from ..image.disk import Disk
 from ..image.image import Image
 from ..storage.libnbd import is_uri
+from ..storage.locks import ensure_not_written
+from .judge import Place
 
 
 def kept_backing(image: Image, directory: str) -> tuple[str, str]:
@@ -28,7 +30,10 @@ def relative(name: str) -> str:
     return f"./{name}" if ":" in name else name
 
 
-def check_local(image: Image) -> None:
-    """Of a remote image nobody can tell whether its active disk is being written."""
-    if is_uri(image.path):
+def check_source(image: Image, place: Place) -> None:
+    """Raises UsageError unless all of an image, its active disk too, can be made into something
+    else at that place."""
+    place.ensure_apart(image.files)
+    if is_uri(image.path):  # of which nobody can tell whether its active disk is being written
         raise UsageError(f"{shown(image.path)} is remote: copy the image to a local file first")
+    ensure_not_written(image.files)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..errors import ImageError, shown
 from ..format import ondisk as q
@@ -26,16 +26,17 @@ from ..image.opener import open_image
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
 from ..util.progress import Advance, progress
-from .chains import check_local, kept_backing
+from .chains import check_source, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
 from .mover import Plan, whole
-from .newimage import NewImage, Shape, new_image
+from .newimage import NewImage, new_image
 from .outputs import output, permissions
 from .overlays import shape_of
 from .room import check_space
+from .shape import Shape
 from .verify import State, check_described, check_sound, compare_state, reading
 
 COMPACT_TARGETS: Final = Kind.FILE
@@ -51,19 +52,19 @@ def compact(
     StorageError when the file cannot be written.
     """
     out = place.name
-    place.ensure_apart(image.files)
-    check_local(image)
-    ensure_not_written(image.files)
+    check_source(image, place)
     table = image.table()
     if table.damage is not None:
         raise ImageError(f"the snapshot table of {shown(image.path)} is damaged: {table.damage}")
     _warn_of_losses(image, warn)
     shape = _shape(image, out, compress)
     with output(out, most=permissions(image.files), replace=place.replace) as part:
-        needed = sum(os.stat(file.path).st_blocks * 512 for file in image.files[:1])
+        tables = _measured(image, table)
+        needed = os.stat(image.path).st_blocks * 512 + tables.size
         check_space(os.path.dirname(part), needed, f"compacting {shown(image.path)}")
-        with new_image(part, out, shape) as new:
-            _write(image, table, new, shape, compress is not None)
+        with new_image(part, out, shape) as new, progress("compacting", tables.span) as bar:
+            copier = Copier(image, new, shape, compress is not None, bar)
+            _write(image, table, new, copier)
         _check_unchanged(image, table)
         if verify:
             with open_image(part, reading(image, below=True)) as written:
@@ -93,28 +94,43 @@ def _states(image: Image, table: Table) -> Iterator[tuple[Snapshot | None, Disk,
     yield None, image.active_disk(), None
 
 
-def _write(image: Image, table: Table, new: NewImage, shape: Shape, compress: bool) -> None:
-    with progress("compacting", _behind_tables(image, table)) as advance:
-        copier = Copier(image, new, shape, compress, advance)
-        try:
-            for snapshot, disk, vm_state in _states(image, table):
-                l1 = copier.l1_table([disk] if vm_state is None else [disk, vm_state])
-                if snapshot is None:
-                    new.finish(disk.size, l1)
-                else:
-                    new.snapshot(snapshot, l1)
-        finally:
-            copier.close()
+def _write(image: Image, table: Table, new: NewImage, copier: Copier) -> None:
+    try:
+        for snapshot, disk, vm_state in _states(image, table):
+            l1 = copier.l1_table([disk] if vm_state is None else [disk, vm_state])
+            if snapshot is None:
+                new.finish(disk.size, l1)
+            else:
+                new.snapshot(snapshot, l1)
+    finally:
+        copier.close()
 
 
-def _behind_tables(image: Image, table: Table) -> int:
-    """The guest's bytes behind all L2 tables, each counted once: what the bar measures."""
+class _Tables(NamedTuple):
+    """What the tables of all states are, in bytes."""
+
+    span: int  # of the guest behind all L2 tables, each counted once: what the bar measures
+    size: int  # that they will have in the copy
+
+
+def _measured(image: Image, table: Table) -> _Tables:
+    """Snapshots may share an L1 table, and disks that end in it the last L2 table: in the copy each
+    has its own."""
+    cluster = image.header.cluster_size
+    span = clusters = 0
     met: set[int] = set()
-    span = 0
-    for _, disk, _ in _states(image, table):
+    ends: set[tuple[int, int]] = set()
+    for _, disk, vm_state in _states(image, table):
         span = disk.tables.bytes_per_l1_entry
-        met.update(disk.tables.l1_entries(0, disk.tables.l1_size))
-    return span * len(met - {0})
+        last = vm_state or disk
+        clusters += -(-(last.base + last.size) // span) * q.L1_ENTRY_SIZE // cluster + 1
+        l1 = disk.tables.l1_entries(0, disk.tables.l1_size)
+        met.update(l1)
+        full, rest = divmod(disk.size, span)
+        if rest and full < len(l1):
+            ends.add((l1[full], rest))
+    met -= {0}
+    return _Tables(span * len(met), cluster * (clusters + len(met) + len(ends)))
 
 
 def _check_unchanged(image: Image, table: Table) -> None:

@@ -25,7 +25,7 @@ from ..storage.locks import ensure_not_written
 from ..util.progress import progress
 from . import manifest
 from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
-from .chains import check_local
+from .chains import check_source
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
 from .manifest import Entry, Stored, open_in
@@ -53,9 +53,7 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
     Raises UsageError before anything is written when that cannot be done.
     """
     out = place.name
-    place.ensure_apart(top.files)
-    check_local(top)
-    ensure_not_written(top.files)
+    check_source(top, place)
     warn_of_encryption(top, warn)
     with ExitStack() as opened:
         members = _members(top, warn, opened)
@@ -159,8 +157,10 @@ def _recorded(chain: Sequence[tuple[Storage, Layer]], warn: Warn) -> _Recorded:
     with progress("checking", sum(entry.disk.size for entry in entries.values())) as bar:
         for number, entry in entries.items():
             below = files[number - 1] if number - 1 in entries else None
+            storage, layer = chain[number]
             described = entry.disk.size, entry.disk.sha256
-            if entry.parent != below or size_and_digest(chain[number][0], bar) != described:
+            fits = entry.parent == below and entry.snapshot.disk_size == layer.size
+            if not fits or size_and_digest(storage, bar) != described:
                 warn(f"{shown(paths[number])} was changed since {manifest.NAME} was made: {advice}")
                 return nothing
     ends_active = files[-1] == found.active

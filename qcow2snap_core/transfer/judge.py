@@ -176,17 +176,11 @@ def _check_directory(
     """Returns whether there is something in it that is to be replaced: files as a split makes them
     and no others, since all else would be lost too."""
     try:
-        found = sorted(os.scandir(path), key=lambda entry: entry.name)
+        found = os.listdir(path)
     except OSError as e:
         raise UsageError(f"cannot look into {shown(name)}: {reason(e)}") from e
-    for entry in found:
-        ours = entry.name.endswith((ENDING, VM_STATE)) or entry.name == MANIFEST
-        ours = ours and entry.is_file(follow_symlinks=False)
-        if replace and not ours:
-            raise UsageError(
-                f"{shown(name)} is not replaced, since {shown(entry.name)} in it is no overlay: "
-                f"give a directory that is absent or empty"
-            )
+    if replace:
+        ensure_overlays(name, path)
     if found and not replace:
         raise UsageError(
             f"{shown(name)} is not empty: give a directory that is, or none, or "
@@ -198,6 +192,18 @@ def _check_directory(
             f"{shown(name)} is the current directory: give a name in it, or go elsewhere"
         )
     return bool(found)
+
+
+def ensure_overlays(name: str, path: str) -> None:
+    """Raises UsageError when the directory at ``path`` has anything in it that split does not make;
+    ``name`` is what it is called."""
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        ours = entry.name.endswith((ENDING, VM_STATE)) or entry.name == MANIFEST
+        if not (ours and entry.is_file(follow_symlinks=False)):
+            raise UsageError(
+                f"{shown(name)} is not replaced, since {shown(entry.name)} in it is no overlay: "
+                f"give a directory that is absent or empty"
+            )
 
 
 def _check_device(name: str, path: str) -> None:

@@ -19,48 +19,14 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import Final
 
-from ..errors import StorageError, UsageError, reason, shown
+from ..errors import StorageError, reason, shown
 from ..format import ondisk as q
 from ..format.snapshots import Snapshot
+from .shape import Shape, header
 
-_HEADER_LENGTH: Final = 112  # with the compression type and its padding
 _REFCOUNTS: Final = {4: "H", 5: "I", 6: "Q"}  # refcount_order: type; QEMU makes 16 bits as a rule
-
-
-class Shape(NamedTuple):
-    """What is the same for all of an image."""
-
-    cluster_bits: int
-    extended_l2: bool = False
-    compression: int = q.COMPRESSION_ZLIB
-    backing_file: bytes = b""
-    backing_format: bytes = b""
-
-    @property
-    def cluster_size(self) -> int:
-        return 1 << self.cluster_bits
-
-    def over(self, backing: tuple[str, str] | None) -> Shape:
-        """The same over a backing file, of which the name and the format are given."""
-        name, form = backing or ("", "")
-        return self._replace(backing_file=os.fsencode(name), backing_format=form.encode())
-
-    @property
-    def entry_words(self) -> int:
-        """64-bit words of an L2 entry."""
-        return 2 if self.extended_l2 else 1
-
-    @property
-    def l2_entries(self) -> int:
-        """Entries of an L2 table."""
-        return self.cluster_size // (q.L2_ENTRY_SIZE * self.entry_words)
-
-    @property
-    def bytes_per_l1_entry(self) -> int:
-        """Guest bytes behind one L1 entry."""
-        return self.l2_entries * self.cluster_size
 
 
 @contextmanager
@@ -85,7 +51,8 @@ class NewImage:
         self._end = shape.cluster_size  # the first cluster is the header's
         # The next compressed cluster goes where the last one ended, as far as there is room.
         self._stream_end = self._stream_limit = 0
-        self._l1_tables: list[tuple[int, array[int]]] = []  # host offset; offsets of L2 tables
+        # A snapshot may have one of 32 MiB: what they are is in the file alone.
+        self._l1_tables: list[tuple[int, int]] = []  # host offset, entries
         self._entries: list[bytes] = []  # of the snapshot table
         self._offset_bits = 62 - (shape.cluster_bits - 8)
 
@@ -128,10 +95,7 @@ class NewImage:
 
     def read_l2(self, offset: int) -> array[int]:
         """The words of an L2 table that was written."""
-        try:
-            return q.integers(os.pread(self._fd, self._size, offset))
-        except OSError as e:
-            raise self._failed(e) from e
+        return self._words(offset, self._size)
 
     # --- What is in the image ---
 
@@ -174,7 +138,9 @@ class NewImage:
             os.ftruncate(self._fd, self._end)
             os.fsync(self._fd)
             self.write(
-                self._header(
+                header(
+                    self._shape,
+                    self._path,
                     size=size,
                     l1_size=len(l1),
                     l1_table_offset=active,
@@ -193,9 +159,23 @@ class NewImage:
     # --- Inside ---
 
     def _add_l1(self, l1: array[int]) -> int:
+        """Write an L1 table, with COPIED nowhere; returns its host offset."""
         offset = self.allocate(max(1, len(l1)) * q.L1_ENTRY_SIZE)
-        self._l1_tables.append((offset, l1))
+        self.write(_big_endian(l1), offset)
+        self._l1_tables.append((offset, len(l1)))
         return offset
+
+    def _words(self, offset: int, length: int) -> array[int]:
+        """Those of a table that was written."""
+        try:
+            return q.integers(os.pread(self._fd, length, offset))
+        except OSError as e:
+            raise self._failed(e) from e
+
+    def _l1(self) -> Iterator[tuple[int, array[int]]]:
+        """The L1 tables with their host offsets."""
+        for offset, count in self._l1_tables:
+            yield offset, self._words(offset, count * q.L1_ENTRY_SIZE)
 
     def _count(
         self, tables: Counter[int], snapshots_offset: int, snapshots_length: int
@@ -203,7 +183,7 @@ class NewImage:
         """How often each cluster is referred to (QEMU: qcow2_update_snapshot_refcount)."""
         counts = array("Q", bytes(8 * (self._end // self._size)))
         counts[0] = 1
-        once = [(offset, len(l1) * q.L1_ENTRY_SIZE) for offset, l1 in self._l1_tables]
+        once = [(offset, count * q.L1_ENTRY_SIZE) for offset, count in self._l1_tables]
         for offset, length in [*once, (snapshots_offset, snapshots_length)]:
             for cluster in range(offset // self._size, -(-(offset + length) // self._size)):
                 counts[cluster] = 1
@@ -217,7 +197,7 @@ class NewImage:
     def _tables(self) -> Counter[int]:
         """How often each L2 table is referred to."""
         found: Counter[int] = Counter()
-        for _, l1 in self._l1_tables:
+        for _, l1 in self._l1():
             found.update(l1)
         del found[0]
         return found
@@ -233,7 +213,7 @@ class NewImage:
         return range(offset // self._size, offset // self._size + bool(offset))
 
     def _mark_copied(self, tables: Counter[int], counts: array[int]) -> None:
-        """Write the L1 tables, and COPIED into all entries that alone lead to their cluster."""
+        """Write COPIED into all entries that alone lead to their cluster."""
         for table, times in tables.items():
             if times > 1:
                 continue  # what it leads to is referred to as often
@@ -244,7 +224,7 @@ class NewImage:
                 if host and not entry & q.OFLAG_COMPRESSED and counts[host // self._size] == 1:
                     words[i] = entry | q.OFLAG_COPIED
             self.write(_big_endian(words), table)
-        for offset, l1 in self._l1_tables:
+        for offset, l1 in self._l1():
             once = (e | q.OFLAG_COPIED if e and counts[e // self._size] == 1 else e for e in l1)
             self.write(_big_endian(array("Q", once)), offset)
 
@@ -268,44 +248,6 @@ class NewImage:
             part = array(_REFCOUNTS[order], counts[i * per_block : (i + 1) * per_block])
             self.write(_big_endian(part), first + i * self._size)
         return order, table, clusters
-
-    def _header(self, **fields: int) -> bytes:
-        shape = self._shape
-        incompatible = q.INCOMPAT_EXTL2 if shape.extended_l2 else 0
-        if shape.compression != q.COMPRESSION_ZLIB:
-            incompatible |= q.INCOMPAT_COMPRESSION
-        extensions = b""
-        if shape.backing_format:
-            extensions += struct.pack(">II", q.EXT_BACKING_FORMAT, len(shape.backing_format))
-            extensions += shape.backing_format + bytes(-len(shape.backing_format) % 8)
-        extensions += struct.pack(">II", q.EXT_END, 0)
-        name = shape.backing_file
-        known = dict(
-            magic=q.MAGIC,
-            version=3,
-            backing_file_offset=_HEADER_LENGTH + len(extensions) if name else 0,
-            backing_file_size=len(name),
-            cluster_bits=shape.cluster_bits,
-            crypt_method=q.CRYPT_NONE,
-            incompatible_features=incompatible,
-            compatible_features=0,
-            autoclear_features=0,
-            header_length=_HEADER_LENGTH,
-            **fields,
-        )
-        raw = b"".join(
-            struct.pack(f">{code}", known[field])
-            for layout in (q.HEADER_V2, q.HEADER_V3)
-            for field, code in layout.codes.items()
-        )
-        raw += bytes([shape.compression]).ljust(_HEADER_LENGTH - len(raw), b"\0")
-        raw += extensions + name
-        if len(raw) > self._size:
-            raise UsageError(
-                f"the name of the backing file, {shown(os.fsdecode(name))}, does not fit into the "
-                f"first cluster of {shown(self._path)}"
-            )
-        return raw
 
     def _failed(self, e: OSError) -> StorageError:
         return StorageError(f"writing {shown(self._path)} failed: {reason(e)}")

@@ -41,6 +41,7 @@ from ..errors import UsageError, reason, shown
 from ..storage.libnbd import is_uri
 from ..storage.local import Storage
 from ..storage.locks import of_byte
+from .judge import ensure_overlays
 
 _BYTE: Final = 1 << 62
 _CREATE_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -145,6 +146,12 @@ def _umask() -> int:
 def _give_name(part: str, path: str, is_directory: bool, replace: bool) -> None:
     if replace and is_directory:
         _exchange(part, path)  # now it is the old one that has the temporary name
+        try:
+            ensure_overlays(path, part)  # it was judged perhaps hours ago
+        except BaseException:
+            _exchange(part, path)
+            raise
+        sync(os.path.dirname(path))  # before anything is removed
         _remove(part)
     elif replace or is_directory:  # a directory only takes the place of an empty one
         os.rename(part, path)

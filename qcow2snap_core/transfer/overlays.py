@@ -27,7 +27,8 @@ from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance, progress
 from .manifest import Stored
 from .mover import Plan, RawSource, transfer, whole
-from .newimage import Shape, new_image
+from .newimage import new_image
+from .shape import Shape
 from .states import StateWriter, Streams
 from .targets import RawTarget
 from .verify import State, check_size, check_sound, compare, compare_state

@@ -30,10 +30,10 @@ from .job import Warn
 from .judge import Kind, Place
 from .manifest import Entry, open_in
 from .mover import RawSource, whole
-from .newimage import Shape
 from .outputs import output, permissions
 from .overlays import data_of, streams_of
 from .repository import Repository, open_repository, stored_size
+from .shape import Shape
 from .verify import State
 
 RESTORE_TARGETS: Final = Kind.FILE

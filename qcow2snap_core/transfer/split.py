@@ -23,7 +23,7 @@ from ..image.image import Image
 from ..storage.locks import ensure_not_written
 from ..util.progress import progress
 from . import manifest
-from .chains import check_local, kept_backing, relative
+from .chains import check_source, kept_backing, relative
 from .job import Warn, warn_of_encryption
 from .judge import ENDING, VM_STATE, Kind, Place
 from .manifest import Entry, Manifest
@@ -45,9 +45,7 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     Raises UsageError before anything is written when that cannot be done.
     """
     directory = place.name
-    place.ensure_apart(image.files)
-    check_local(image)
-    ensure_not_written(image.files)
+    check_source(image, place)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     disks = [image.disk(s) for s in snapshots] + [image.active_disk()]

@@ -26,7 +26,8 @@ from ..util.interrupts import raise_if_interrupted
 from ..util.progress import Advance
 from .compressors import Compressor, compressor
 from .mover import THREADS, Plan, Source
-from .newimage import NewImage, Shape
+from .newimage import NewImage
+from .shape import Shape
 
 _BATCH: Final = 2 << 20  # bytes that are read at once, or a cluster
 _PROBE: Final = 64  # bytes

@@ -21,6 +21,7 @@ from typing import Final
 
 from ..errors import UsageError, reason, shown
 from ..image.disk import Disk
+from .outputs import sync
 from .records import MOST, Record, held, parse, text
 
 ATTRIBUTE: Final = "user.qcow2snap.copy"
@@ -155,6 +156,7 @@ def keep_beside(path: str, record: Record | None) -> None:
         except BaseException:
             os.unlink(part)
             raise
+        sync(os.path.dirname(beside))
     except OSError as e:
         raise UsageError(
             f"cannot keep a record of what {shown(path)} holds in {shown(beside)}: {reason(e)}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import command, damage, qemu, secret
 from support.qemu import KiB, MiB
+from support.tables import Entry, write_table
 from support.vm import machine
 
 from qcow2snap_core import cli
@@ -237,6 +240,35 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path, spoil: Callable[[Path],
     spoil(path)
     assert DAMAGE[spoil] in command.fails("compact", path, tmp_path / "out.qcow2")
     assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small filesystem")
+def test_an_l1_table_that_many_snapshots_have(tmp_path: Path) -> None:
+    """In the copy each has its own: a small image can ask for terabytes of them."""
+    path, out = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "out.qcow2"
+    with open(path, "ab") as f:
+        f.truncate(8 * MiB)  # the table begins at 4 MiB and is a hole
+    entries, span = 256 * KiB // 8, 512 * MiB
+    extra = struct.pack(">QQ", 0, entries * span)
+    names = [b"%d" % n for n in range(1, 41)]
+    write_table(path, [Entry(n, n, 4 * MiB, entries, extra=extra) for n in names])
+    assert command.run("list", path).returncode == 0
+    tracemalloc.start()
+    try:
+        assert cli.main(["compact", str(path), str(out), "--no-verify"]) == 0
+        assert tracemalloc.get_traced_memory()[1] < 15 * MiB
+    finally:
+        tracemalloc.stop()
+    qemu.run("qemu-img", "check", "-q", out)
+    out.unlink()
+    (tmp_path / "small").mkdir()
+    qemu.run("mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", tmp_path / "small")
+    try:
+        line = command.fails("compact", path, tmp_path / "small" / "out.qcow2")
+        assert "needs 1" in line, line
+        assert not os.listdir(tmp_path / "small")
+    finally:
+        qemu.run("umount", tmp_path / "small")
 
 
 def test_what_the_other_compression_does_not_make_smaller(tmp_path: Path) -> None:

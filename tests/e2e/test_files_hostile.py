@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import pytest
 from support import filesystems, qemu
 from support.command import fails, qcow2snap, run
 from support.filesystems import make_filesystem, needs, snapshot_of
-from support.qemu import MiB
+from support.qemu import KiB, MiB
 
 import qcow2snap_core
-from qcow2snap_core.errors import SnapshotGone
+from qcow2snap_core import cli
+from qcow2snap_core.errors import ImageError, SnapshotGone
 from qcow2snap_core.files.extract import stays_inside
 from qcow2snap_core.files.tree import find
 from qcow2snap_core.files.volumes import How, open_filesystem
@@ -183,6 +186,56 @@ def test_a_sparse_file_of_a_terabyte(
         assert f.read() == b"end"
 
 
+def test_extents_that_lead_to_the_same_ones_again(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    """A tree of three levels with 84 times the same one below each: 2 million runs."""
+    needs("ext4", "dissect")
+    (tmp_path / "tree" / "file").write_bytes(bytes(range(256)) * 1000)
+
+    def header(count: int, depth: int) -> bytes:
+        return struct.pack("<HHHHI", 0xF30A, count, 84, depth, 0)
+
+    def index(count: int, child: int) -> bytes:
+        return struct.pack("<IIHH", 0, child, 0, 0) * count
+
+    raw = make().with_suffix(".raw")
+    data = bytearray(raw.read_bytes())
+    leaf = 40_000  # blocks of 1 KiB behind all that is used
+    assert not any(data[leaf * KiB :][: 4 * KiB])
+    root = data.index(struct.pack("<HHHHIIH", 0xF30A, 1, 4, 0, 0, 0, 250))
+    data[root : root + 60] = header(4, 3) + index(4, leaf + 2)
+    extents = b"".join(struct.pack("<IHHI", n, 1, 0, leaf) for n in range(84))
+    for block, content in enumerate(
+        [
+            header(84, 0) + extents,
+            header(84, 1) + index(84, leaf),
+            header(84, 2) + index(84, leaf + 1),
+        ]
+    ):
+        at = (leaf + block) * KiB
+        data[at : at + len(content)] = content
+    raw.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with qcow2snap_core.open(snapshot_of(raw)) as image:
+            fs = open_filesystem(image._image.snapshot("one"), "one", None, How("dissect"))
+            with pytest.raises(ImageError, match="overlap"):
+                fs.ranges(find(fs, b"/file"))
+        assert tracemalloc.get_traced_memory()[1] < 20 * MiB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_of_many_blocks_without_extents(tmp_path: Path, make: Callable[..., Path]) -> None:
+    """dissect makes a list of all of them."""
+    (tmp_path / "tree" / "file").write_text("x")
+    needs("ext4", "dissect")
+    image = make("set_inode_field /file flags 0", "set_inode_field /file size 0x400000400")
+    line = fails("cat", "--backend", "dissect", image, "one", "/file")
+    assert "no extents and too many blocks" in line
+
+
 def test_limits_hold_before_anything_is_written(tmp_path: Path, make: Callable[..., Path]) -> None:
     for i in range(5):
         (tmp_path / "tree" / f"file{i}").write_bytes(bytes([7]) * 100_000)
@@ -223,6 +276,31 @@ def test_what_is_there_is_replaced_only_with_force(
     assert below(out) == ["top", "top/z"]
     assert extracted(image, "tsk", "--force") == []
     assert (out / "top" / "z").read_text() == (out / "top" / "a").read_text() == "new"
+
+
+def test_what_is_replaced_is_lost_only_when_all_of_the_new_is_on_the_disk(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree" / "a").write_text("new")
+    image = make()
+    done: list[tuple[str, int]] = []
+    synced, renamed = os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        done.append(("fsync", os.fstat(fd).st_ino))
+        synced(fd)
+
+    def rename(old: bytes, new: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        done.append(("rename", os.stat(old, dir_fd=src_dir_fd).st_ino))
+        renamed(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    (tmp_path / "out" / "a").write_text("old")
+    words = ["--backend", "tsk", "--force", str(image), "one", "/a", str(tmp_path / "out")]
+    assert cli.main(["extract", *words]) == 0
+    inode = (tmp_path / "out" / "a").stat().st_ino
+    assert done == [("fsync", inode), ("rename", inode)]
 
 
 def test_a_link_in_the_target_is_not_followed(tmp_path: Path, make: Callable[..., Path]) -> None:

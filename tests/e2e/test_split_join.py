@@ -381,6 +381,20 @@ def test_what_was_changed_since_is_no_snapshot_of_the_past(tmp_path: Path) -> No
     assert qemu.content(out) == qemu.content(top)
 
 
+def test_a_size_that_is_not_the_overlays_is_not_believed(tmp_path: Path) -> None:
+    path, chain = qemu.create(tmp_path / "disk.qcow2", SIZE), tmp_path / "chain"
+    qemu.take(path, "one")
+    command.here("split", path, chain)
+    fields = json.loads((chain / NAME).read_bytes())
+    fields["snapshots"][0]["disk-size"] *= 2
+    (chain / NAME).write_text(json.dumps(fields))
+    done = command.run("join", "--no-verify", chain / "active.qcow2", tmp_path / "out.qcow2")
+    assert done.returncode == 0
+    assert "one.qcow2' was changed since qcow2snap.json was made" in done.stderr
+    listed = json.loads(command.here("list", "--json", tmp_path / "out.qcow2"))
+    assert [s["disk-size"] for s in listed] == [SIZE, SIZE]
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 2}'])
 def test_what_is_no_manifest_is_not_used_and_that_is_said(tmp_path: Path, text: str) -> None:
     path, chain = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "chain"

@@ -27,7 +27,7 @@ from support.qemu import MiB
 from support.relay import relayed
 from support.server import ROOT
 
-from qcow2snap_core.host.qmp import FrozenGuest, Qmp, QmpError
+from qcow2snap_core.host.qmp import FrozenGuest, NotThawed, Qmp, QmpError
 
 TAKE = [sys.executable, "-m", "qcow2snap_core", "take"]
 
@@ -402,6 +402,21 @@ def test_a_socket_that_another_program_holds_is_told_soon(qmp: Path, tmp_path: P
     assert f"'{qmp}' does not answer: is another program using it?" in line
 
 
+def test_a_late_answer_is_not_taken_for_that_of_the_thaw(tmp_path: Path) -> None:
+    """The guest has frozen after all, and remains so."""
+
+    def late() -> Iterator[object]:
+        time.sleep(1)
+        yield {"return": 1}
+
+    answers = {"guest-fsfreeze-freeze": late(), "guest-fsfreeze-thaw": refused("stuck")}
+    agent = Agent(tmp_path / "agent", answers)
+    said = pytest.raises(NotThawed, match="the guest was not thawed: guest-fsfreeze-thaw: stuck")
+    with said, FrozenGuest(f"{tmp_path}/agent", 0.7):
+        raise AssertionError
+    agent.close()
+
+
 @pytest.mark.parametrize("command", ["guest-sync", "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"])
 def test_a_guest_that_talks_for_ever_does_not_answer(tmp_path: Path, command: str) -> None:
     def talk() -> Iterator[object]:
@@ -416,6 +431,17 @@ def test_a_guest_that_talks_for_ever_does_not_answer(tmp_path: Path, command: st
         pass
     assert time.monotonic() - begun < 4
     agent.close()
+
+
+def test_a_name_that_qemu_has_cut_off(tmp_path: Path) -> None:
+    """As it does with one that is longer than a path (bdrv_refresh_filename)."""
+    name = 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/disk...'
+    nodes = [NODES[0] | {"image": NODES[0]["image"] | {"filename": name}}]
+    replies = THERE | {"query-named-block-nodes": nodes, "blockdev-snapshot-internal-sync": {}}
+    with false_qemu(tmp_path / "qmp", replies):
+        done = take("--qmp", tmp_path / "qmp", "--device", "d0", "x")
+    assert done.stderr.startswith("qcow2snap: the snapshot 'x' of 'd0' was taken, but where QEMU")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_qemu_says_of_its_nodes_is_one_line(tmp_path: Path) -> None:

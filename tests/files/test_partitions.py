@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,16 @@ def test_damage_has_an_end_and_says_what(
 def test_a_disk_that_was_cut(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="partition 7 ends behind the end of the disk"):
         found(table(tmp_path / "raw", GPT), 12 * MiB)
+
+
+def test_a_table_that_was_cut(tmp_path: Path) -> None:
+    """Its checksums may be those of what there still is."""
+    disk = bytearray(table(tmp_path / "raw", GPT).read_bytes()[: 1024 + 200])
+    struct.pack_into("<I", disk, 512 + 88, zlib.crc32(disk[1024:]))
+    struct.pack_into("<I", disk, 512 + 16, 0)
+    struct.pack_into("<I", disk, 512 + 16, zlib.crc32(disk[512 : 512 + 92]))
+    (tmp_path / "raw").write_bytes(disk)
+    with pytest.raises(ImageError, match="it lies behind the end"):
+        found(tmp_path / "raw", len(disk))
+    with pytest.raises(ImageError, match="ends inside the 92 bytes of metadata"):
+        found(tmp_path / "raw", 512 + 50)

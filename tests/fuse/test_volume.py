@@ -4,6 +4,7 @@ leads the host's kernel anywhere."""
 from __future__ import annotations
 
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,6 +124,28 @@ def test_a_size_that_no_file_has(tmp_path: Path, make: Callable[..., Path], back
         found = volume.listing((b"sub",))[b"file"]
         assert isinstance(found, Damaged)
         assert "no file has" in found.why
+
+
+ROOTS = {
+    "mode 0": "unknown kind",
+    "mode 0100644": "no directory",
+    "mode 0120777": "no directory",
+    "size 0xffffffffffffff00": "no file has",
+}
+
+
+@both
+@pytest.mark.parametrize("field", ROOTS)
+def test_a_root_that_is_none(make: Callable[..., Path], backend: str, field: str) -> None:
+    """In place of the filesystem there is a note that says so."""
+    needs("ext4", backend)
+    if backend == "tsk" and field.startswith("size"):
+        pytest.skip("libtsk takes only the lower half of a directory's size")
+    with open_image(str(make(f"set_inode_field <2> {field}"))) as image:
+        snapshot = Root(image, How(backend)).child(b"one")
+        assert b"files" not in snapshot.children().names
+        note = snapshot.child(b"files.error").open()
+        assert ROOTS[field].encode() in note.pread(0, 1000)
 
 
 LINKS = {  # in the directory sub, where `up` leads to / and `there` to deep
@@ -258,6 +281,28 @@ def test_a_directory_that_is_opened_again_needs_little_memory(
         assert all(each.names == first.names for each in again)
         assert len(first.names) == count + 1
         assert used < times * count * 20, "a name's place in a list"
+
+
+def test_directories_that_were_met_need_no_more_memory_where_they_are_deep(
+    tmp_path: Path, make: Callable[..., Path]
+) -> None:
+    needs("ext4", "tsk")
+    used = []
+    for depth in (1, 300):
+        where = (b"sub", *[b"d"] * depth)
+        bottom = tmp_path / "tree" / os.fsdecode(b"/".join(where))
+        bottom.mkdir(parents=True, exist_ok=True)
+        for number in range(1000):
+            (bottom / f"n{number}").mkdir()
+        with opened(make(), "tsk") as volume:
+            volume.listing(where[:-1])
+            tracemalloc.start()
+            volume.listing(where)
+            volume._drop()  # which keeps in mind what was met
+            used.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+        shutil.rmtree(bottom)
+    assert used[1] < 1.5 * used[0]
 
 
 def test_only_so_many_entries_are_kept(

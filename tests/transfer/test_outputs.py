@@ -203,7 +203,7 @@ def test_what_somebody_else_made_meanwhile_is_not_replaced(tmp_path: Path) -> No
 @pytest.mark.parametrize("is_directory", KINDS)
 def test_what_is_replaced_is_there_until_then(tmp_path: Path, is_directory: bool) -> None:
     out = tmp_path / "out"
-    old = out / "old" if is_directory else out
+    old = out / "old.qcow2" if is_directory else out
     if is_directory:
         out.mkdir()
     old.write_text("old")
@@ -213,6 +213,42 @@ def test_what_is_replaced_is_there_until_then(tmp_path: Path, is_directory: bool
     assert (out / "new" if is_directory else out).read_text() == "new"
     assert not is_directory or os.listdir(out) == ["new"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_was_put_into_a_directory_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.qcow2").write_text("old")
+    with pytest.raises(UsageError, match="since 'notes' in it is no overlay"):  # noqa: PT012, SIM117
+        with output(str(out), is_directory=True, replace=True) as part:
+            Path(part, "new.qcow2").write_text("new")
+            (out / "notes").write_text("theirs")
+    assert sorted(os.listdir(out)) == ["notes", "old.qcow2"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_old_directory_is_removed_when_the_new_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.qcow2").write_text("old")
+    done: list[str] = []
+    synced, removed = os.fsync, os.unlink
+
+    def fsync(fd: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{fd}"))
+        synced(fd)
+
+    def unlink(path: str, *, dir_fd: int | None = None) -> None:
+        done.append(path)
+        removed(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "unlink", unlink)
+    with output(str(out), is_directory=True, replace=True):
+        done.clear()
+    assert str(tmp_path) in done[: done.index("old.qcow2")]
 
 
 def test_a_directory_in_which_nothing_can_be_made_is_one_line() -> None:

@@ -82,6 +82,16 @@ def test_a_snapshot_that_was_deleted_is_not_opened(path: Path, image: Image) -> 
     assert image.open("one").snapshot != one
 
 
+def test_a_snapshot_that_is_not_in_the_image_is_gone_and_not_damaged(
+    image: Image, tmp_path: Path
+) -> None:
+    """There its L1 table would lie behind the end of the file."""
+    small = qemu.create(tmp_path / "small.qcow2", SIZE)
+    qemu.take(small, "one")
+    with qcow2snap_core.open(small) as other, pytest.raises(SnapshotGone, match="2 'two'"):
+        other.open(image.find("two"))
+
+
 def test_an_id_comes_before_a_name(path: Path, image: Image) -> None:
     qemu.take(path, "1")
     assert [image.find(x).name for x in ("1", "3", "two")] == ["one", "1", "two"]

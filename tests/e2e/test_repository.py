@@ -554,7 +554,9 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
         qemu.patch(file, at, whole[at : at + 1])
     command.here("verify", repository)
     os.truncate(file, len(whole) - 512)
-    assert "bytes and not" in command.fails_here("restore", repository, tmp_path / "out")
+    said = command.fails_here("restore", repository, tmp_path / "out")
+    assert "bytes and not" in said
+    assert said.endswith(": --snapshot NAME restores one that does not need it")
     assert "bytes and not" in command.fails_here(
         "restore", "--snapshot", "three", repository, tmp_path / "out"
     )

@@ -45,7 +45,7 @@ from .overlays import (
     write_disk,
     write_vm_state,
 )
-from .records import held
+from .records import Held, held
 from .repository import Repository, written_repository
 from .room import check_room
 from .verify import Differs, compare, described
@@ -88,6 +88,9 @@ class _Backup:
         self._known = {e.digest: e for e in repository.entries if e.digest is not None}
         self._there = repository.there()
         self._added: list[Entry] = []
+        listed = image.snapshots
+        self._listed = {s.identity for s in listed}
+        self._guard = image.guard(listed)  # one for each would parse the table for each
 
     def run(self) -> list[Entry]:
         table = self._image.table()
@@ -164,7 +167,7 @@ class _Backup:
 
     def _digest(self, s: Snapshot) -> str:
         if s.identity not in self._digests:
-            record = held(self._image.disk(s))
+            record = self._record(s)
             assert record is not None
             digest = hashlib.sha256(record.digest.encode())
             for file in self._image.files[1:]:  # who writes to one changes every snapshot
@@ -172,6 +175,12 @@ class _Backup:
                 digest.update(repr(status and (status.st_size, status.st_mtime_ns)).encode())
             self._digests[s.identity] = digest.hexdigest()
         return self._digests[s.identity]
+
+    def _record(self, s: Snapshot) -> Held | None:
+        if s.identity in self._listed:
+            with suppress(SnapshotGone):  # or another is: then this one is asked for alone
+                return held(self._image.disk(s, guard=self._guard), s.identity)
+        return held(self._image.disk(s))
 
     def _adopt(self, s: Snapshot) -> bool:
         """Whether an entry is the same snapshot, of an image that was compacted or restored from

@@ -21,6 +21,8 @@ from support.running import eventually, started, until
 from support.server import ROOT
 from support.vm import machine
 
+import qcow2snap_core
+from qcow2snap_core.image import guard
 from qcow2snap_core.transfer import backup as backups
 from qcow2snap_core.transfer.manifest import NAME
 from qcow2snap_core.transfer.newimage import NewImage
@@ -379,6 +381,27 @@ def test_what_was_lost_is_written_again(
         assert command.run("backup", path, repository).stdout == "nothing new\n"
         command.here("restore", repository, tmp_path / "out.qcow2")
         assert_restored(tmp_path / "out.qcow2", path)
+
+
+def test_what_is_there_is_known_without_parsing_the_table_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else thousands of snapshots of which none is new take minutes."""
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for number in range(12):
+        qemu.take(path, f"s{number}")
+    command.here("backup", path, repository)
+    parsed = []
+    read = guard.read_table_once
+
+    def counted(*arguments: Any) -> Any:
+        parsed.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(guard, "read_table_once", counted)
+    with qcow2snap_core.open(path) as image:
+        assert qcow2snap_core.backup(image, repository) == []
+    assert len(parsed) == 1
 
 
 def test_an_encrypted_image_becomes_plain_and_that_is_said(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..image.image import Image
 from ..image.mapping import SLICE_BYTES
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
+from ..storage.samefile import is_source
 from ..tables.findings import ACTIVE
 from ..util.passphrase import read_passphrase
 from ..util.wording import COMMAND, passphrase_key
@@ -132,7 +133,7 @@ def ensure_not_source(target: str, file: str) -> None:
     to replace it, would be bad advice."""
     with suppress(OSError, ValueError):
         if os.path.samefile(target, file):
-            raise UsageError(f"{shown(target)} is {shown(file)}, which is being copied")
+            raise UsageError(is_source(target, file))
 
 
 def disk_named(image: Image, name: str) -> Disk:

@@ -129,7 +129,11 @@ class Image:
         disk = self._disks.get(key)
         if disk is None:
             guard = SnapshotGuard(self.storage, snapshot)
-            disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
+            try:
+                disk = self._disks[key] = self._open_disk(snapshot, vm_state, guard)
+            except ImageError:
+                guard.confirm()  # if it is gone, that is the reason for anything
+                raise
         disk.confirm()
         return disk
 

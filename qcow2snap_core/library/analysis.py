@@ -82,7 +82,8 @@ def check(
     Nobody should be writing to the image meanwhile.  ``warn`` is called with a line if the image
     is marked dirty: then its refcounts are not up to date and are not compared.
 
-    Raises StorageError when the storage fails, SnapshotGone when a snapshot is deleted meanwhile.
+    Raises StorageError when the storage fails, SnapshotGone when a snapshot is deleted meanwhile or
+    when the one that is asked for is not in the image any more.
 
     >>> with qcow2snap_core.open("disk.qcow2") as image:
     ...     check(image)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from operator import index
 
 from ..errors import shown
+from ..storage.local import Buffer
 from ..typed import Any
 
 
@@ -84,6 +85,17 @@ def passphrases(value: str | bytes | Mapping[int, str | bytes] | None) -> dict[i
     }
 
 
+def writable(name: str, value: Buffer) -> memoryview:
+    """A view of a buffer that can be filled."""
+    try:
+        view = memoryview(value)
+    except TypeError:
+        raise TypeError(f"{name} is {_a(value)}: give a bytearray or the like") from None
+    if view.readonly or not view.c_contiguous:
+        raise TypeError(f"{name} is read-only or has gaps: give a bytearray or the like")
+    return view
+
+
 def instance(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {_a(value)}: give a qcow2snap_core.{kind.__name__}")
@@ -106,4 +118,4 @@ def _secret(name: str, value: str | bytes) -> bytes:
 
 def _a(value: Any) -> str:
     kind = type(value).__name__
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+    return f"an {kind}" if kind[0].lower() in "aeiou" else f"a {kind}"

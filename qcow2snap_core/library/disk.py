@@ -10,10 +10,13 @@ from ..image.extents import Extent as InnerExtent
 from ..image.extents import merged
 from ..image.image import Image as InnerImage
 from ..storage.local import Buffer
-from ..typed import NamedTuple
+from ..typed import TYPE_CHECKING, NamedTuple
 from . import arguments
 from .names import public
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 _HOLE = 1  # NBD_STATE_HOLE
 _ZERO = 2  # NBD_STATE_ZERO
@@ -88,9 +91,7 @@ class Disk:
         Raises as :meth:`pread`, and TypeError for an unsuitable buffer.  After an error the
         content of the buffer is undefined.
         """
-        view = memoryview(buffer)
-        if view.readonly or not view.c_contiguous:
-            raise TypeError("buffer is read-only or has gaps: give a bytearray or the like")
+        view = arguments.writable("buffer", buffer)
         arguments.within(self.size, view.nbytes, offset)
         self._disk.pread_into(buffer, offset)
 
@@ -114,6 +115,9 @@ class Disk:
         files do.  Closing it closes nothing else.
         """
         return self._disk.raw()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Disk cannot be pickled or copied: pickle its snapshot and open that")
 
     def __repr__(self) -> str:
         what = self._disk.name if self._snapshot else f"active disk of {self._disk.name}"

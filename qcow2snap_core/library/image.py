@@ -11,10 +11,14 @@ from ..format.choosing import Choice, choose
 from ..image.image import Image as InnerImage
 from ..image.opener import BACKING_FORMATS, Options, open_image
 from ..storage.locks import LockGuard
+from ..typed import TYPE_CHECKING
 from . import arguments
 from .disk import Disk
 from .names import public
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 _DEFAULTS = Options()
 
@@ -142,6 +146,9 @@ class Image:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Image cannot be pickled or copied: open it again by its path")
 
     def __repr__(self) -> str:
         return f"<Image {shown(self.path)}{', closed' if self._image.storage.closed else ''}>"

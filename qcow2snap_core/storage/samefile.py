@@ -25,7 +25,7 @@ def ensure_apart(path: str, files: Iterable[Storage], name: str, *, new: bool = 
         if file.inode[0] == REMOTE:  # behind NBD: another machine's, as far as can be told
             continue
         if file.inode == target.node:
-            raise UsageError(f"{shown(name)} is {shown(file.path)}, which is being copied")
+            raise UsageError(is_source(name, file.path))
         source = _of_storage(file, system)
         if target.collides(source):
             raise UsageError(
@@ -38,6 +38,12 @@ def ensure_apart(path: str, files: Iterable[Storage], name: str, *, new: bool = 
                 f"there is no telling whether {shown(name)} lies on {shown(file.path)}, which is "
                 f"being copied, as {unknown}: give another target"
             )
+
+
+def is_source(name: str, file: str) -> str:
+    """The error line where a target is one of the files that are read."""
+    what = "the source itself" if name == file else shown(file)
+    return f"{shown(name)} is {what}, which is being copied: give another target"
 
 
 def _of_storage(file: Storage, system: System) -> Ground:

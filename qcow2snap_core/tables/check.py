@@ -37,7 +37,8 @@ def check(image: Image, chosen: Snapshot | None = None, *, data: bool = False) -
 
     ``data``: all clusters are read as well, for which the image must be open with its data, and
     with its data file if it has one.
-    Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile.
+    Raises StorageError when the disk fails, SnapshotGone when a snapshot is deleted meanwhile, or
+    the chosen one was before.
     """
     walk = _Walk(image, chosen)
     with suppress(TooManyError):
@@ -85,7 +86,9 @@ class _Walk:
 
     def _claim_snapshots(self) -> None:
         table = self._image.table()
-        self.guard = self._image.guard(table.snapshots)
+        here = any(not self._is_another(s) for s in table.snapshots)
+        gone = () if here or self._chosen is None else (self._chosen,)
+        self.guard = self._image.guard((*table.snapshots, *gone))  # and says so
         if table.damage:
             self.findings.add(BAD_TABLE, f"the snapshot table is damaged: {table.damage}")
         snapshots = list(table.snapshots)

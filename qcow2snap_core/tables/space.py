@@ -148,6 +148,8 @@ class _Space:
         for first in range(0, entries, step):
             parts = [m.l1_entries(first, min(step, entries - first)) for m in self._mappings]
             for index, column in enumerate(zip(*parts, strict=True), first):
+                if not any(column):  # as most are of a disk that is large and sparse
+                    continue
                 tables: _Column = {}
                 for table, owner in self._tables_of(column):
                     if table:

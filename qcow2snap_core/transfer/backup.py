@@ -1,7 +1,9 @@
 """All snapshots of an image that a repository (:mod:`.repository`) does not have yet.
 
 Each is written over the nearest one that both the image and the repository have, as what the
-tables say that differs; over none, it is written whole.  The image's snapshots are known by the
+tables say that differs; over none, it is written whole.  If files of the repository are lost, the
+snapshots that cannot be had without them are written again, in their places: what lies on a
+snapshot lies as well on another file of the same disk.  The image's snapshots are known by the
 digest of a copy's record (:mod:`.records`), and not by their names; the size and time of what the
 image lies on are part of it, since whoever writes to that changes every snapshot.
 
@@ -26,6 +28,7 @@ from ..image.opener import Options
 from ..storage.libnbd import is_uri
 from ..util.interrupts import raise_if_interrupted
 from ..util.progress import progress
+from ..util.units import counted
 from .compressors import COMPRESSIONS
 from .job import Warn, warn_of_encryption
 from .judge import Place
@@ -42,7 +45,7 @@ from .overlays import (
     write_disk,
     write_vm_state,
 )
-from .records import held
+from .records import Held, held
 from .repository import Repository, written_repository
 from .room import check_room
 from .verify import Differs, compare, described
@@ -83,7 +86,11 @@ class _Backup:
         self._most = permissions(image.files)
         self._digests: dict[Identity, str] = {}
         self._known = {e.digest: e for e in repository.entries if e.digest is not None}
+        self._there = repository.there()
         self._added: list[Entry] = []
+        listed = image.snapshots
+        self._listed = {s.identity for s in listed}
+        self._guard = image.guard(listed)  # one for each would parse the table for each
 
     def run(self) -> list[Entry]:
         table = self._image.table()
@@ -98,11 +105,19 @@ class _Backup:
                 failed.append(str(e))
         if table.damage is not None:
             failed.append(f"the snapshot table of {shown(self._image.path)}: {table.damage}")
+        self._tell_of_losses()
         for line in failed[1:]:
             self._warn(line)
         if failed:
             raise ImageError(f"{failed[0]}: all that can be read is in the repository")
         return self._added
+
+    def _tell_of_losses(self) -> None:
+        lost = [entry for entry in self._repository.entries if not self._is_there(entry)]
+        if lost:
+            what = counted(len(lost), "snapshot")
+            where = shown(self._repository.directory)
+            self._warn(f"{what} in {where} cannot be restored: verify says why")
 
     def _take(self, s: Snapshot) -> None:
         """Raises SnapshotGone when it is; that of another only has it done again."""
@@ -116,21 +131,35 @@ class _Backup:
                     raise
 
     def _take_once(self, s: Snapshot) -> None:
-        if self._entry_of(s) is not None or self._adopt(s):
+        lost = self._entry_of(s)
+        if lost is None:
+            if self._adopt(s):
+                return
+        elif self._is_there(lost):
             return
+        can_bear = self._there
+        if lost is not None:  # a manifest names nothing before what it lies on
+            entries = self._repository.entries
+            can_bear = can_bear & {entry.disk.file for entry in entries[: entries.index(lost)]}
         there = self._image.snapshots
         numbers = {other.identity: number for number, other in enumerate(there)}
         at = numbers.get(s.identity, len(there))
         for other in sorted(there, key=lambda other: abs(numbers[other.identity] - at)):
             with suppress(ImageError):  # it is gone, or damaged and will say so itself
                 entry = None if other.identity == s.identity else self._entry_of(other)
-                if entry is not None and self._repository.is_there(entry):
+                if entry is not None and entry.disk.file in can_bear:
                     below = self._image.disk(other), entry
                     deep = self._repository.depth(entry) >= DEEPEST
                     break
         else:
             deep = True
-        self._write(s, None if deep else below)
+        self._write(s, None if deep else below, lost)
+
+    def _is_there(self, entry: Entry) -> bool:
+        """Whether it can be restored, as far as the sizes of files tell."""
+        if entry.vm_state is not None and not self._repository.has(entry.vm_state):
+            return False
+        return entry.disk.file in self._there
 
     def _entry_of(self, s: Snapshot) -> Entry | None:
         """The repository's entry of it."""
@@ -138,7 +167,7 @@ class _Backup:
 
     def _digest(self, s: Snapshot) -> str:
         if s.identity not in self._digests:
-            record = held(self._image.disk(s))
+            record = self._record(s)
             assert record is not None
             digest = hashlib.sha256(record.digest.encode())
             for file in self._image.files[1:]:  # who writes to one changes every snapshot
@@ -147,11 +176,17 @@ class _Backup:
             self._digests[s.identity] = digest.hexdigest()
         return self._digests[s.identity]
 
+    def _record(self, s: Snapshot) -> Held | None:
+        if s.identity in self._listed:
+            with suppress(SnapshotGone):  # or another is: then this one is asked for alone
+                return held(self._image.disk(s, guard=self._guard), s.identity)
+        return held(self._image.disk(s))
+
     def _adopt(self, s: Snapshot) -> bool:
         """Whether an entry is the same snapshot, of an image that was compacted or restored from
         the repository: then its tables lie elsewhere, and all of its content is compared."""
         for number, entry in enumerate(self._repository.entries):
-            if described(entry.snapshot) != described(s) or not self._repository.is_there(entry):
+            if described(entry.snapshot) != described(s) or not self._is_there(entry):
                 continue
             if self._has_content_of(s, entry):
                 entries = list(self._repository.entries)
@@ -181,11 +216,15 @@ class _Backup:
             return False
         return True
 
-    def _write(self, s: Snapshot, below: tuple[Disk, Entry] | None) -> None:
+    def _write(self, s: Snapshot, below: tuple[Disk, Entry] | None, lost: Entry | None) -> None:
+        """Add a snapshot, or put one into the place of what is lost of it."""
         image, repository = self._image, self._repository
         disk = image.disk(s)
         vm_state = image.disk(s, vm_state=True) if s.vm_state_size else None
         file, vm_file = repository.next_names()
+        if lost is not None:
+            file = lost.disk.file
+            vm_file = lost.vm_state.file if lost.vm_state is not None else vm_file
         step = Step(disk, None if below is None else below[0])
         parent = None if below is None else below[1].disk.file
         shape = shape_of(image).over(None if parent is None else (parent, "qcow2"))
@@ -215,6 +254,16 @@ class _Backup:
                 with progress("comparing", disk.size) as bar:
                     compare_disk(part, name, step, Options(words=image.options.words), bar)
             entry = Entry(s, stored(part, file), parent, kept, self._digest(s))
-        repository.store(Manifest((*repository.entries, entry)), self._most)
+            if lost is not None:
+                entries = (entry if each == lost else each for each in repository.entries)
+                repository.store(Manifest(tuple(entries)), self._most)
+        if lost is None:
+            repository.store(Manifest((*repository.entries, entry)), self._most)
+            self._there.add(file)
+        else:
+            self._warn(
+                f"{shown(repository.path(file))} could not be restored: it was written again"
+            )
+            self._there = repository.there()  # with what lies on it
         self._known[self._digest(s)] = entry
         self._added.append(entry)

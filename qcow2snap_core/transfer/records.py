@@ -45,6 +45,7 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from ..errors import ImageError, StorageError, escaped, shown
+from ..format.snapshots import Identity
 from ..image.disk import Disk
 from . import strict
 
@@ -85,9 +86,10 @@ class Record(NamedTuple):
         return self._replace(size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def held(disk: Disk) -> Held | None:
-    """What a record says of a snapshot; None for an active disk."""
-    identity = disk.identity
+def held(disk: Disk, identity: Identity | None = None) -> Held | None:
+    """What a record says of a snapshot; None for an active disk.  A disk whose guard watches others
+    as well does not know whose it is."""
+    identity = identity or disk.identity
     if identity is None:
         return None
     digest = hashlib.blake2b(digest_size=32)

@@ -8,7 +8,8 @@ a raw file beside it, ``3.vmstate``.  What is no qcow2 file's to say is in ``qco
 Only what the manifest names is there.  A snapshot's files are written whole, brought to the disk
 and named; then a new manifest takes the old one's place.  Whatever ends a backup at whatever
 moment, the manifest is the old one or the new one, and a file that it does not name is replaced by
-the next backup, since the numbers go on from the manifest.
+the next backup, since the numbers go on from the manifest.  A file in the place of one that was
+lost is the exception, it gets its name last: until then it is lost, whatever the manifest says.
 
 Who reads a repository believes none of it: names lead to files in it and nowhere else, the chain in
 the headers has to be the manifest's, and each file is compared with its checksum before it is used.
@@ -171,13 +172,19 @@ class Repository:
         number = len(self.entries) + 1
         return f"{number}{ENDING}", f"{number}{VM_STATE}"
 
-    def is_there(self, entry: Entry) -> bool:
-        """Whether all files of its chain are, as far as their sizes tell."""
-        return all(
-            os.path.isfile(self.path(each.disk.file))
-            and os.path.getsize(self.path(each.disk.file)) == each.disk.size
-            for each in self.manifest.down_from(entry)
-        )
+    def there(self) -> set[str]:
+        """The files of those disks of which all that they lie on is there too, as far as sizes
+        tell."""
+        found: set[str] = set()
+        for entry in self.entries:
+            if self.has(entry.disk) and (entry.parent is None or entry.parent in found):
+                found.add(entry.disk.file)
+        return found
+
+    def has(self, known: Stored) -> bool:
+        """Whether a file is there, as far as its size tells."""
+        path = self.path(known.file)
+        return os.path.isfile(path) and os.path.getsize(path) == known.size
 
     def depth(self, entry: Entry) -> int:
         """How many files its chain has."""

@@ -90,7 +90,11 @@ def restore(
     repository = open_repository(directory)
     if not repository.entries:
         raise UsageError(f"{shown(directory)} has no snapshots yet: nothing can be restored")
-    repository.check_all(repository.entries)
+    try:
+        repository.check_all(repository.entries)
+    except ImageError as e:
+        one = words.given("snapshot", "NAME")
+        raise ImageError(f"{e}: {one} restores one that does not need it") from e
     out = place.name
     with ExitStack() as opened:
         disks, files = opened.enter_context(repository.layers(words))

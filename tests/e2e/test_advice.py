@@ -238,5 +238,7 @@ def test_no_image_is_replaced_by_what_is_made_of_it(
     before = disk.read_bytes()
     snapshot = ["1"] if command == ["copy"] else []
     said = fails(*command, *force, disk, *snapshot, tmp_path / "link")
-    assert "which is being copied" in said
+    assert said.endswith(f"is '{disk}', which is being copied: give another target")
+    said = fails(*command, *force, disk, *snapshot, disk)
+    assert said.endswith("is the source itself, which is being copied: give another target")
     assert disk.read_bytes() == before

@@ -63,7 +63,10 @@ def test_all_bytes_in_order(image: Path, tmp_path: Path, line: str) -> None:
     [
         ("$Q $1 s - >&-", "standard output is closed: redirect it to a file or a program"),
         ("$Q $1 s - >/dev/full", "writing to 'standard output' failed: no space left on device"),
-        ("$Q $1 s - 1<>$1", "'standard output' is '$1', which is being copied"),
+        (
+            "$Q $1 s - 1<>$1",
+            "'standard output' is '$1', which is being copied: give another target",
+        ),
         ("$Q $1 --since s s -", "standard output holds nothing to update: leave out --since"),
         ("$Q $1 --format qcow2 s - | cat", "is no file: only a file can be written as qcow2"),
     ],

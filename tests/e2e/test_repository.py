@@ -21,6 +21,8 @@ from support.running import eventually, started, until
 from support.server import ROOT
 from support.vm import machine
 
+import qcow2snap_core
+from qcow2snap_core.image import guard
 from qcow2snap_core.transfer import backup as backups
 from qcow2snap_core.transfer.manifest import NAME
 from qcow2snap_core.transfer.newimage import NewImage
@@ -323,9 +325,83 @@ def test_nothing_is_laid_on_a_file_that_was_lost(tmp_path: Path) -> None:
         qemu.take(path, f"s{byte}")
         if byte == 4:
             (repository / "2.qcow2").unlink()
-        command.here("backup", path, repository)
+            qemu.delete(path, "s2")
+            qemu.delete(path, "s3")
+        done = command.run("backup", path, repository)
+        assert done.returncode == 0, done.stderr
+    assert "2 snapshots in" in done.stderr
+    assert "cannot be restored: verify says why" in done.stderr
     assert [e["parent"] for e in entries(repository)] == [None, "1.qcow2", "2.qcow2", "1.qcow2"]
     assert read_by_qemu(repository, "4.qcow2") == qemu.content(path, "s4")
+
+
+@pytest.mark.parametrize(
+    ("lost", "deleted", "again", "parents"),
+    {
+        "one file": (["2.qcow2"], [], [2], [None, 1, 2, 3]),
+        "the base": (["1.qcow2"], [], [1], [None, 1, 2, 3]),
+        "all": (["1.qcow2", "2.qcow2", "3.qcow2", "4.qcow2"], [], [1, 2, 3, 4], [None, 1, 2, 3]),
+        "a VM state": (["2.vmstate"], [], [2], [None, 1, 2, 3]),
+        "one that the image lost as well": (["2.qcow2"], ["s2"], [3], [None, 1, 1, 3]),
+        "and its base": (["1.qcow2"], ["s1", "s2"], [3], [None, 1, None, 3]),
+    }.values(),
+)
+def test_what_was_lost_is_written_again(
+    tmp_path: Path, lost: list[str], deleted: list[str], again: list[int], parents: list[int | None]
+) -> None:
+    """What lies on it is as it was, and the next snapshot lies on that."""
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for byte in (1, 2, 3, 4):
+        qemu.io(path, f"write -P {byte} {byte * 64}k 64k", f"write -P {byte} 512k 64k")
+        if byte == 2:
+            with machine(path) as vm:
+                vm.save("s2")
+        else:
+            qemu.take(path, f"s{byte}")
+    command.here("backup", path, repository)
+    right = {e["name"]: read_by_qemu(repository, e["disk"]["file"]) for e in entries(repository)}
+    for number, file in enumerate(lost):
+        (repository / file).write_bytes(b"half") if number else (repository / file).unlink()
+    for name in deleted:
+        qemu.delete(path, name)
+    done = command.run("backup", path, repository)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        f"{number}.qcow2" for number in again
+    ]
+    assert done.stderr.count("it was written again") == len(again)
+    assert ("cannot be restored: verify" in done.stderr) == bool(deleted)
+    found = entries(repository)
+    assert [e["parent"] for e in found] == [p and f"{p}.qcow2" for p in parents]
+    for e in found:
+        if e["name"] not in deleted:
+            assert read_by_qemu(repository, e["disk"]["file"]) == right[e["name"]]
+    assert command.run("verify", repository).returncode == (3 if deleted else 0)
+    if not deleted:
+        assert command.run("backup", path, repository).stdout == "nothing new\n"
+        command.here("restore", repository, tmp_path / "out.qcow2")
+        assert_restored(tmp_path / "out.qcow2", path)
+
+
+def test_what_is_there_is_known_without_parsing_the_table_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else thousands of snapshots of which none is new take minutes."""
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for number in range(12):
+        qemu.take(path, f"s{number}")
+    command.here("backup", path, repository)
+    parsed = []
+    read = guard.read_table_once
+
+    def counted(*arguments: Any) -> Any:
+        parsed.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(guard, "read_table_once", counted)
+    with qcow2snap_core.open(path) as image:
+        assert qcow2snap_core.backup(image, repository) == []
+    assert len(parsed) == 1
 
 
 def test_an_encrypted_image_becomes_plain_and_that_is_said(tmp_path: Path) -> None:
@@ -501,7 +577,9 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
         qemu.patch(file, at, whole[at : at + 1])
     command.here("verify", repository)
     os.truncate(file, len(whole) - 512)
-    assert "bytes and not" in command.fails_here("restore", repository, tmp_path / "out")
+    said = command.fails_here("restore", repository, tmp_path / "out")
+    assert "bytes and not" in said
+    assert said.endswith(": --snapshot NAME restores one that does not need it")
     assert "bytes and not" in command.fails_here(
         "restore", "--snapshot", "three", repository, tmp_path / "out"
     )

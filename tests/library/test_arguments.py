@@ -140,7 +140,7 @@ CALLS: dict[str, tuple[Callable[[Image, Disk], object], type[Exception]]] = {
     "length is a str: give an int": (lambda i, d: d.pread("1", 0), TypeError),
     "offset is a str": (lambda i, d: d.extents("0"), TypeError),
     "offset is a NoneType": (lambda i, d: d.pread_into(bytearray(1), None), TypeError),
-    "a bytes-like object": (lambda i, d: d.pread_into([0], 0), TypeError),
+    "buffer is a list: give a bytearray": (lambda i, d: d.pread_into([0], 0), TypeError),
     "buffer is read-only": (lambda i, d: d.pread_into(b"1", 0), TypeError),
     "or has gaps": (lambda i, d: d.pread_into(memoryview(bytearray(4))[::2], 0), TypeError),
     "outside the disk": (lambda i, d: d.extents(SIZE + 1), ValueError),

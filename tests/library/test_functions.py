@@ -19,7 +19,7 @@ from support.qemu import MiB
 from support.server import ROOT
 
 import qcow2snap_core
-from qcow2snap_core import Image, UsageError
+from qcow2snap_core import Image, SnapshotGone, UsageError
 
 SIZE = 4 * MiB
 
@@ -68,6 +68,16 @@ def test_findings_are_those_of_check(path: Path, name: str | None) -> None:
         (f["problem"], f["message"], f["snapshots"]) for f in listed
     ]
     assert bool(findings) == (name != "two")
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_nothing_is_said_to_be_whole_of_a_snapshot_that_was_deleted(
+    path: Path, image: Image, data: bool
+) -> None:
+    one = image.find("one")
+    qemu.delete(path, "one")
+    with pytest.raises(SnapshotGone, match="snapshot 1 'one' .* was deleted"):
+        qcow2snap_core.check(image, one, data=data)
 
 
 def test_check_warns_that_it_did_not_compare_the_refcounts(path: Path) -> None:

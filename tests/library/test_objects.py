@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -80,6 +82,27 @@ def test_a_snapshot_that_was_deleted_is_not_opened(path: Path, image: Image) -> 
     with pytest.raises(SnapshotGone, match="snapshot 1 'one' .* was deleted"):
         image.open(one)
     assert image.open("one").snapshot != one
+
+
+def test_what_is_open_cannot_be_pickled_but_a_snapshot_can(path: Path, image: Image) -> None:
+    """Which is all that another process needs, to open it there."""
+    for thing in (image, image.open("one")):
+        for how in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot be pickled or copied: .*open"):
+                how(thing)
+    with qcow2snap_core.open(path) as other:
+        one = pickle.loads(pickle.dumps(image.find("one")))
+        assert other.open(one).pread(1, 0) == b"\7"
+
+
+def test_a_snapshot_that_is_not_in_the_image_is_gone_and_not_damaged(
+    image: Image, tmp_path: Path
+) -> None:
+    """There its L1 table would lie behind the end of the file."""
+    small = qemu.create(tmp_path / "small.qcow2", SIZE)
+    qemu.take(small, "one")
+    with qcow2snap_core.open(small) as other, pytest.raises(SnapshotGone, match="2 'two'"):
+        other.open(image.find("two"))
 
 
 def test_an_id_comes_before_a_name(path: Path, image: Image) -> None:

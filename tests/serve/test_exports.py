@@ -162,7 +162,8 @@ def test_an_export_is_looked_up_by_its_name_and_then_by_id(snapshots, asked, id_
 )
 def test_what_there_is_not_is_refused_with_what_there_is(snapshots, asked):
     snapshots = table(*snapshots)
-    with pytest.raises(UsageError, match="^there is no export '.*': it has ") as caught:
+    said = r"^there is no export '.*': (did you mean 'a'\? )?it has "
+    with pytest.raises(UsageError, match=said) as caught:
         find(exports_of(snapshots), snapshots, asked)
     for s in snapshots:
         assert f"{s.id} '" in str(caught.value)

@@ -189,7 +189,11 @@ static PyObject *callback(PyObject *slow, PyObject *const *args, Py_ssize_t coun
     Py_DECREF(self);
     if (done)
         Py_RETURN_NONE;
-    return PyObject_CallFunctionObjArgs(slow, args[0], args[1], args[2], args[3], NULL);
+    PyObject *answer = PyObject_CallFunctionObjArgs(slow, args[0], args[1], args[2], args[3], NULL);
+    if (!answer && PyErr_ExceptionMatches(PyExc_MemoryError))
+        /* A thread may be too short of memory to run any Python: nbdkit then logs this text. */
+        PyErr_SetString(PyExc_MemoryError, "out of memory");
+    return answer;
 }
 
 static PyObject *make_callback(PyObject *module, PyObject *slow) {

@@ -23,7 +23,7 @@ from ..image.layers import RawLayer
 from ..image.opener import Options
 from ..util.progress import progress
 from ..util.wording import Wording
-from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
+from .assembly import Member, amount, assemble, check_members, compare_assembled, free_ids
 from .copy import Copied, copy
 from .destinations import Destination
 from .job import Warn
@@ -148,13 +148,13 @@ def _data(disk: Disk) -> Iterator[Extent]:
 
 def _ids(entries: Sequence[Entry], warn: Warn) -> list[str]:
     """An ID for each, its own wherever no newer one has it."""
-    free = free_id(entry.snapshot.id for entry in entries)
+    free = free_ids(entry.snapshot.id for entry in entries)
     met: set[str] = set()
     found: list[str] = []
     for entry in reversed(entries):
         id_ = entry.snapshot.id
         if id_ in met:
-            id_, free = str(free), free + 1
+            id_ = next(free)
             warn(f"{entry} gets the ID {id_}, since a newer one has its own")
         met.add(id_)
         found.append(id_)

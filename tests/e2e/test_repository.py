@@ -637,6 +637,24 @@ def test_a_manifest_is_not_believed(good: Path, tmp_path: Path, what: str) -> No
     assert sorted(os.listdir(tmp_path)) == ["repository"]
 
 
+def test_no_id_is_given_twice(good: Path, tmp_path: Path) -> None:
+    """Where the next free number is the ID of 20 digits that another has."""
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    manifest = json.loads((repository / NAME).read_text())
+    one, two = manifest["snapshots"]
+    one["id"] = two["id"] = "9" * 19
+    third = two | {"id": str(10**19), "name": "three", "disk": two["disk"] | {"file": "3.qcow2"}}
+    manifest["snapshots"].append(third)
+    shutil.copy(repository / two["disk"]["file"], repository / "3.qcow2")
+    (repository / NAME).write_text(json.dumps(manifest))
+    done = command.run("restore", repository, tmp_path / "again.qcow2")
+    assert done.returncode == 0
+    assert "gets the ID 10000000000000000001, since a newer one has its own" in done.stderr
+    ids = [s["id"] for s in qemu.info(tmp_path / "again.qcow2")["snapshots"]]
+    assert ids == [str(10**19 + 1), "9" * 19, str(10**19)]
+
+
 @pytest.mark.parametrize("name", ["1.qcow2", NAME])
 @pytest.mark.parametrize("kind", ["symlink", "FIFO"])
 def test_what_is_no_file_in_it_is_not_opened(

@@ -655,6 +655,23 @@ def test_no_id_is_given_twice(good: Path, tmp_path: Path) -> None:
     assert ids == [str(10**19 + 1), "9" * 19, str(10**19)]
 
 
+@pytest.mark.parametrize("length", [0, 100])
+def test_of_a_manifest_that_was_cut_off_it_is_said_what_is_left(
+    good: Path, tmp_path: Path, length: int
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    os.truncate(repository / NAME, length)
+    for line in (["restore"], ["restore", "--snapshot", "two"], ["backup"]):
+        arguments = [repository, tmp_path / "out"]
+        if line == ["backup"]:
+            arguments = [good.parent / "disk.qcow2", repository]
+        assert command.fails_here(*line, *arguments) == (
+            f"qcow2snap: '{repository / NAME}' cannot be believed: it is no JSON, or only a part "
+            f"of it; qemu-img reads the qcow2 files beside it as they are"
+        )
+
+
 @pytest.mark.parametrize("name", ["1.qcow2", NAME])
 @pytest.mark.parametrize("kind", ["symlink", "FIFO"])
 def test_what_is_no_file_in_it_is_not_opened(

@@ -477,8 +477,9 @@ def test_killed_at_a_random_moment_it_goes_on_where_it_was(
         process.communicate(timeout=60)
     before: list[dict[str, Any]] = []
     if (repository / NAME).exists():
-        command.here("verify", repository)
         before = entries(repository)
+    if before:
+        command.here("verify", repository)
     command.here("backup", large, repository)
     assert entries(repository)[: len(before)] == before
     assert [e["name"] for e in entries(repository)] == ["s1", "s2", "s3"]
@@ -724,9 +725,11 @@ def test_what_may_be_a_repository(good: Path, tmp_path: Path) -> None:
         "missing/deep": "make it first",
     }.items():
         assert expected in command.fails_here("backup", path, tmp_path / name)
+    os.mkdir(tmp_path / "bare")
     for name, expected in {
         "file": "is no directory",
         "full": "is no repository",
+        "bare": "is no repository",
         "missing": "is no directory",
     }.items():
         assert expected in command.fails_here("verify", tmp_path / name)
@@ -746,3 +749,4 @@ def test_what_may_be_a_repository(good: Path, tmp_path: Path) -> None:
     assert "has no snapshots yet" in command.fails_here(
         "restore", tmp_path / "none", tmp_path / "out"
     )
+    assert "has no snapshots yet" in command.fails_here("verify", tmp_path / "none")

@@ -15,7 +15,7 @@ import resource
 
 from ..errors import escaped
 from ..storage.libnbd import without_secrets
-from ..transfer.destinations import new_copy
+from ..transfer.destinations import FORMATS, new_copy
 from ..transfer.judge import STANDARD_OUTPUT, judge
 from ..transfer.restore import RESTORE_TARGETS, restore, restore_disk
 from ..transfer.streams import ReaderGone
@@ -36,12 +36,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="copy this one alone: its file in REPOSITORY, its ID or its name",
     )
+    parser.add_argument(
+        "--format", choices=FORMATS, help="with --snapshot, the format of a file, whatever its name"
+    )
     add_force(parser, "replace OUT if it is an existing file")
     add_no_verify(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.snapshot is None:
+        if args.format is not None:
+            args.usage_error("--format goes with --snapshot: an image with snapshots is qcow2")
         if args.out in OUTPUT_NAMES:
             args.usage_error("an image is written to a file: add --snapshot for a stream of a disk")
         _raise_limit()
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{escaped(args.out)}: {', '.join(escaped(s.name) for s in snapshots)}")
         return 0
     target = STANDARD_OUTPUT if args.out in OUTPUT_NAMES else args.out
-    to = new_copy(target, replace=args.force)
+    to = new_copy(target, form=args.format, replace=args.force)
     try:
         with deferred():
             done = restore_disk(args.repository, args.snapshot, to, warn, COMMAND, args.verify)

@@ -67,6 +67,10 @@ def test_zeros_take_no_space(tmp_path: Path) -> None:
         ("out.qcow2", ["--format", "raw"], "raw"),
         ("out.img", ["--format", "qcow2"], "qcow2"),
         ("out.qcow2.img", [], "raw"),
+        ("out.QCOW2", [], "qcow2"),
+        ("out.vmdk.raw", [], "raw"),
+        ("out.vmdk", ["--format", "raw"], "raw"),
+        ("out.VDI", ["--format", "qcow2"], "qcow2"),
     ],
 )
 def test_the_option_wins_over_the_name(
@@ -88,6 +92,9 @@ def test_the_option_wins_over_the_name(
         (["--compress=lzo"], "out.qcow2", "give one of zlib, zstd"),
         (["--since", "s"], "out.qcow2", "--since updates raw files"),
         (["--since", "s", "--force"], "out.raw", "leave out --force"),
+        ([], "out.vmdk", "give another name, or --format raw"),
+        ([], "out.VHDX", "is a name of another format than raw and qcow2"),
+        (["--salvage", "map"], "out.qed", "is a name of another format"),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(
@@ -97,6 +104,16 @@ def test_what_does_not_go_together_is_a_usage_error(
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_snapshot_of_a_repository_goes_by_the_same_names(image: Path, tmp_path: Path) -> None:
+    command.here("backup", image, tmp_path / "repository")
+    restore = ("restore", "--snapshot", "s", tmp_path / "repository")
+    assert "--format raw" in command.fails_here(*restore, tmp_path / "out.vdi")
+    command.here(*restore, "--format", "raw", tmp_path / "out.vdi")
+    assert (tmp_path / "out.vdi").read_bytes() == qemu.snapshot_content(image, "s")
+    whole = ("restore", "--format", "raw", tmp_path / "repository", tmp_path / "out")
+    assert "--format goes with --snapshot" in command.here(*whole, status=2)
 
 
 def test_only_a_file_can_be_one(image: Path) -> None:

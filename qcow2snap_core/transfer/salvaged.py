@@ -20,7 +20,7 @@ from ..storage.libnbd import is_uri
 from .job import Job
 from .judge import Kind, Place, judge
 from .outputs import output
-from .rawfile import opened
+from .rawfile import give_size, opened
 from .room import check_space
 from .salvage import Loss
 from .targets import RawTarget
@@ -50,7 +50,7 @@ class SalvagedFile:
             with output(path, most=job.permissions, replace=self.place.replace) as part:
                 check_space(os.path.dirname(part), job.amount.data, f"copying to {shown(path)}")
                 with opened(part) as fd:
-                    os.ftruncate(fd, job.new.size)
+                    give_size(path, fd, job.new.size)
                     job.move(RawTarget(path, fd, empty=True))
                     losses = job.salvage.losses()
                     # With holes in it, it is no copy that an update could start from.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import command, qemu
-from support.qemu import KiB, MiB
+from support.qemu import GiB, KiB, MiB
+from support.server import ROOT
 
 SIZE = 8 * MiB + 1536  # no whole number of clusters
 
@@ -129,3 +132,20 @@ def test_a_size_that_no_qcow2_disk_has_is_refused(tmp_path: Path) -> None:
     line = command.fails("copy", path, "s", tmp_path / "out.qcow2")
     assert "4095 bytes are no whole number of sectors" in line
     assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_it_can_hold_a_disk_for_which_no_file_is_long_enough(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", GiB)
+    qemu.take(path, "s")
+    limited = ["prlimit", f"--fsize={GiB - MiB}", sys.executable, "-m", "qcow2snap_core", "copy"]
+
+    def copy(out: Path) -> subprocess.CompletedProcess[str]:
+        line = [*limited, str(path), "s", str(out)]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    raw = tmp_path / "out.raw"
+    assert copy(raw).stderr == (
+        f"qcow2snap: cannot make '{raw}' 1 GiB long: file too large; give a name that ends in "
+        f".qcow2, such a file does not need that\n"
+    )
+    assert copy(tmp_path / "out.qcow2").returncode == 0

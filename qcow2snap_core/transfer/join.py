@@ -62,11 +62,11 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
             total = check_members(members, shape, part, out)
             with progress("joining", total) as bar:
                 assemble(part, out, shape, members, bar)
-            ensure_not_written(top.files)
+            ensure_not_written(top.files, "")
             if verify:
                 with progress("comparing", amount(members)) as bar:
                     compare_assembled(part, out, members, reading(top), bar)
-                ensure_not_written(top.files)
+                ensure_not_written(top.files, "")
     return [m.snapshot.name for m in members if m.snapshot is not None]
 
 

@@ -90,7 +90,7 @@ def form_of(target: str, words: Wording = COMMAND) -> str:
     name = target.lower()
     if name.endswith(_OTHERS) and not is_uri(target):
         raise UsageError(
-            f"{shown(target)} is a name of another format than raw and qcow2: give another name, "
+            f"the target's name is that of another format than raw and qcow2: give another name, "
             f"or {words.given('format', 'raw')}"
         )
     return "qcow2" if name.endswith(ENDING) else "raw"

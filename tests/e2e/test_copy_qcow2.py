@@ -96,8 +96,8 @@ def test_the_option_wins_over_the_name(
         (["--since", "s"], "out.qcow2", "--since updates raw files"),
         (["--since", "s", "--force"], "out.raw", "leave out --force"),
         ([], "out.vmdk", "give another name, or --format raw"),
-        ([], "out.VHDX", "is a name of another format than raw and qcow2"),
-        (["--salvage", "map"], "out.qed", "is a name of another format"),
+        ([], "out.VHDX", "name is that of another format than raw and qcow2"),
+        (["--salvage", "map"], "out.qed", "name is that of another format"),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(

@@ -580,7 +580,9 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     os.truncate(file, len(whole) - 512)
     said = command.fails_here("restore", repository, tmp_path / "out")
     assert "bytes and not" in said
-    assert said.endswith(": --snapshot NAME restores one that does not need it")
+    assert said.endswith(
+        ": --snapshot NAME restores one that does not need it, --skip-damaged all of these"
+    )
     assert "bytes and not" in command.fails_here(
         "restore", "--snapshot", "three", repository, tmp_path / "out"
     )
@@ -589,6 +591,52 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     file.unlink()
     found = json.loads(command.here("verify", "--json", repository, status=3))
     assert [bool(each["problem"]) for each in found] == [False, True, True]
+
+
+@pytest.mark.parametrize(("lost", "left"), [(2, ["one", "four"]), (4, ["one", "two", "three"])])
+def test_what_is_damaged_can_be_left_out(tmp_path: Path, lost: int, left: list[str]) -> None:
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for byte, name in enumerate(("one", "two", "three"), 1):
+        qemu.io(path, f"write -P {byte} {byte * 256 - 256}k 256k")
+        qemu.take(path, name)
+    command.here("backup", path, repository)
+    qemu.run("qemu-img", "snapshot", "-a", "one", path)
+    qemu.io(path, "write -P 4 0 64k")
+    qemu.take(path, "four")
+    whole = shutil.copy(path, tmp_path / "whole.qcow2")
+    for name in ("two", "three"):  # so that it is laid on the first one
+        qemu.run("qemu-img", "snapshot", "-d", name, path)
+    assert command.run("backup", path, repository).returncode == 0
+    parents = [entry["parent"] for entry in entries(repository)]
+    assert parents == [None, "1.qcow2", "2.qcow2", "1.qcow2"]
+    file, out = repository / f"{lost}.qcow2", tmp_path / "out.qcow2"
+    qemu.patch(file, 100_000, bytes([qemu.peek(file, 100_000, 1)[0] ^ 1]))
+    done = command.run("restore", "--skip-damaged", repository, out)
+    assert (done.returncode, done.stdout) == (3, f"{out}: {', '.join(left)}\n")
+    said = done.stderr.splitlines()
+    assert len(said) == 4 - len(left)
+    assert f"is left out: '{file}' is damaged: its SHA-256 is another one" in said[0]
+    assert all(" is left out: " in line for line in said)
+    qemu.run("qemu-img", "check", "-q", out)
+    found = {s["name"]: s for s in qemu.info(out)["snapshots"]}
+    assert list(found) == left
+    assert found == {s["name"]: s for s in qemu.info(whole)["snapshots"] if s["name"] in left}
+    for name in left:
+        assert qemu.content(out, name) == qemu.content(whole, name)
+    assert qemu.content(out) == qemu.content(whole, left[-1])
+
+
+def test_with_nothing_left_there_is_no_image(good: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    command.here("restore", "--skip-damaged", repository, tmp_path / "whole.qcow2")
+    (repository / "1.qcow2").unlink()
+    skipping = ("restore", "--skip-damaged", repository, tmp_path / "out")
+    done = command.run(*skipping)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"'{repository}' has no snapshot that can be restored\n")
+    assert not (tmp_path / "out").exists()
+    assert "goes without --snapshot" in command.here(*skipping, "--snapshot", "one", status=2)
 
 
 # --- Hostile ones ---

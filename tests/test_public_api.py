@@ -88,7 +88,8 @@ SURFACE = {
     },
     "restore": {
         "()": f"(repository: {PATH}, target: {PATH}, *, snapshot: str | None = None, "
-        f"replace: bool = False, verify: bool = True, {WARN}) -> list[str]"
+        f"skip_damaged: bool = False, replace: bool = False, verify: bool = True, {WARN}) "
+        "-> list[str]"
     },
     "split": {
         "()": f"(image: Image, directory: {PATH}, *, replace: bool = False, verify: bool = True, "

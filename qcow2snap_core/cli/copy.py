@@ -128,7 +128,10 @@ def _check_usage(args: argparse.Namespace) -> None:
         args.usage_error("--since takes a file that is there: leave out --force")
     if args.salvage is not None and args.since is not None:
         args.usage_error("--salvage makes a whole copy: leave out --since")
-    qcow2 = (args.format or form_of(args.target)) == "qcow2"
+    try:
+        qcow2 = (args.format or form_of(args.target)) == "qcow2"
+    except UsageError as e:
+        args.usage_error(str(e))
     if args.compress and not qcow2:
         args.usage_error("--compress goes with --format qcow2")
     if args.since is not None and qcow2:

@@ -27,6 +27,7 @@ from .common import (
     print_json,
 )
 from .drawing import svg
+from .streams import say
 
 HELP = "print a snapshot's extents, and where in the file they are"
 EXAMPLE = "qcow2snap map disk.qcow2 nightly"
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     if args.snapshot is None:
         with open_from(args, data=False, layers=False) as image:
             there = summary(image.table().snapshots)
-        args.usage_error(f"name a SNAPSHOT, or {ACTIVE} for the active disk: {there}")
+        # A usage error, of which the help could say no more.
+        say(f"name a SNAPSHOT, or {ACTIVE} for the active disk: {there}")
+        return 2
     with open_from(args, data=False) as image:
         ranges = _merged(disk_named(image, str(args.snapshot)))
         if args.json:

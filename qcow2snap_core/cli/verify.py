@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import escaped
+from ..errors import UsageError, escaped, shown
 from ..transfer.manifest import described
 from ..transfer.repository import stored_size
 from ..transfer.restore import verify
@@ -31,6 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with deferred():
         verdicts = verify(args.repository)
+    if not verdicts:
+        raise UsageError(f"{shown(args.repository)} has no snapshots yet: nothing can be restored")
     wrong = [v for v in verdicts if v.problem is not None]
     if args.json:
         print_json({**described(v.entry), "problem": v.problem} for v in verdicts)

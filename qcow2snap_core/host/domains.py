@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 from ..errors import Error, UsageError, escaped, shown
-from .qmp import not_thawed, request, result
+from .nodes import devices
+from .qmp import not_thawed, parsed, request, result
 
 PREFIX: Final = "libvirt:"
 
@@ -113,7 +114,8 @@ class Monitor:
         import libvirt_qemu
 
         asked = json.dumps(request(command, arguments))
-        return result(command, json.loads(libvirt_qemu.qemuMonitorCommand(self._domain, asked, 0)))
+        answer = libvirt_qemu.qemuMonitorCommand(self._domain, asked, 0)
+        return result(command, parsed(answer, "the monitor"))
 
     def process(self) -> int:
         """Not to be seen from here: libvirt gives absolute names of files anyway."""
@@ -124,10 +126,10 @@ class Monitor:
         given."""
         disks = _chosen(self._connection, self._domain, targets, one=False)
         found = {}
-        for device in self.execute("query-block"):
+        for device in devices(self.execute("query-block")):
             for disk in disks:
                 parts = device.get("qdev", "").split("/")
-                if disk.alias and disk.alias in parts and device.get("inserted"):
+                if disk.alias and disk.alias in parts and "inserted" in device:
                     found[disk.target] = device["inserted"]["node-name"]
         for disk in disks:
             if disk.target not in found:

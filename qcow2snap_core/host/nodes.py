@@ -5,12 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ..errors import Error, UsageError, escaped, shown
+from .qmp import shaped
 
 #: BlockDeviceInfo of QEMU's QAPI
 Node = dict[str, Any]
+
+# What is used of QEMU's answers; of a snapshot, all of SnapshotInfo that is in the table.
+_TIMES: Final = "vm-state-size", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"
+_SNAPSHOT: Final = {"id": str, "name": str} | dict.fromkeys(_TIMES, int)
+_NODE: Final = {
+    "node-name": str,
+    "drv": str,
+    "image": {"filename": str, "snapshots?": [_SNAPSHOT]},
+}
+_DEVICE: Final = {"device": str, "qdev?": str, "inserted?": _NODE}
 
 
 class Qemu(Protocol):
@@ -26,13 +37,22 @@ class Qemu(Protocol):
 def nodes(qemu: Qemu) -> dict[str, Node]:
     """What QEMU says of each node, by the names that a device may be given."""
     found: dict[str, Node] = {}
-    for node in qemu.execute("query-named-block-nodes"):
+    command = "query-named-block-nodes"
+    for node in shaped(command, qemu.execute(command), [_NODE]):
         found[node["node-name"]] = node
     # The storage daemon has nodes alone; a machine also has devices (-drive id=...).
+    answer: Any = []
     with contextlib.suppress(Error):
-        for device in qemu.execute("query-block"):
-            if device.get("inserted"):
-                found.setdefault(device["device"], device["inserted"])
+        answer = qemu.execute("query-block")
+    for device in devices(answer):
+        if "inserted" in device:
+            found.setdefault(device["device"], device["inserted"])
+    return found
+
+
+def devices(answer: Any) -> list[dict[str, Any]]:
+    """What ``query-block`` has answered: BlockInfo of QEMU's QAPI."""
+    found: list[dict[str, Any]] = shaped("query-block", answer, [_DEVICE])
     return found
 
 
@@ -41,15 +61,15 @@ def ensure_qcow2(there: Mapping[str, Node], devices: Sequence[str], advice: str 
     the line in the former case."""
     for device in devices:
         if device not in there:
-            known = sorted(n for n, x in there.items() if x.get("drv") == "qcow2" and n)
+            known = sorted(n for n, x in there.items() if x["drv"] == "qcow2" and n)
             names = ", ".join(map(escaped, known))
             raise UsageError(
                 f"QEMU has no device {shown(device)}: its qcow2 ones are {names}{advice}"
             )
-        if there[device].get("drv") != "qcow2":
+        if there[device]["drv"] != "qcow2":
             raise UsageError(
-                f"device {shown(device)} is {escaped(str(there[device].get('drv')))}, not qcow2: "
-                f"only qcow2 holds internal snapshots"
+                f"device {shown(device)} is {escaped(there[device]['drv'])}, not qcow2: only qcow2 "
+                f"holds internal snapshots"
             )
 
 
@@ -58,7 +78,9 @@ def file_name(name: str) -> str:
     if name.startswith("json:"):
         try:
             tree = json.loads(name.removeprefix("json:"))
-        except ValueError:  # QEMU cuts a long one off, and ends it with dots
+        except (ValueError, RecursionError):  # QEMU cuts a long one off, and ends it with dots
+            return name
+        if not isinstance(tree, dict):
             return name
         while isinstance(tree.get("file"), dict):
             tree = tree["file"]

@@ -3,6 +3,9 @@
 The library qemu.qmp would do the first, but Debian does not package it, it is built on asyncio,
 and it does not speak to the guest agent; what is needed here is a request and its answer.
 Both protocols are lines of JSON; QMP also greets, negotiates and sends events in between.
+
+Who answers may be another program, or a hostile one: what is taken from an answer was compared with
+its shape before (:func:`shaped`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ _LONGEST_LINE: Final = 64 << 20  # query-named-block-nodes of a large machine is
 #: seconds for a greeting, which no work precedes (libvirt gives the agent's as many)
 _GREETING: Final = 5
 _PATIENCE: Final = 0.1  # seconds until Ctrl-C is heard
+_CALLED: Final = {str: "text", int: "number", list: "list", dict: "object"}
 
 
 class QmpError(Error):
@@ -53,11 +57,58 @@ def request(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"execute": command, "arguments": named}
 
 
+def parsed(line: bytes | str, who: str) -> dict[str, Any]:
+    """What was received.  Raises QmpError."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise QmpError(f"{who} does not speak JSON: is it the right socket?") from e
+    if not isinstance(message, dict):
+        raise QmpError(f"{who} does not speak QMP: is it the right socket?")
+    return message
+
+
 def result(command: str, answer: dict[str, Any]) -> Any:
     """What the command returned.  Raises QmpError with the reason that the other side gave."""
     if "error" in answer:
         raise refusal(command, answer["error"])
+    if "return" not in answer:
+        raise _not_understood(command, "it has no return")
     return answer["return"]
+
+
+def shaped(command: str, answer: Any, shape: Any) -> Any:
+    """The answer to a command, if it has this shape: a type; a list of one shape, that all elements
+    have; or a dict of shapes by key, which may be absent where ``?`` ends it, among other keys.
+
+    Raises QmpError with what has another shape.
+    """
+    wrong = _misshapen(answer, shape)
+    if wrong is not None:
+        raise _not_understood(command, wrong)
+    return answer
+
+
+def _not_understood(command: str, wrong: str) -> QmpError:
+    return QmpError(f"{command}: the answer cannot be understood, {wrong}: is it the right socket?")
+
+
+def _misshapen(value: Any, shape: Any, where: str = "it") -> str | None:
+    """What is wrong."""
+    kind = _CALLED[shape if isinstance(shape, type) else type(shape)]
+    if _CALLED.get(type(value)) != kind:  # True is no number
+        return f"{where} is no {kind}"
+    if isinstance(shape, list):
+        parts = ((each, shape[0], f"an element of {where}") for each in value)
+    elif isinstance(shape, dict):
+        absent = next((key for key in shape if key[-1] != "?" and key not in value), None)
+        if absent is not None:
+            return f"{where} has no {absent}"
+        keys = ((key.removesuffix("?"), each) for key, each in shape.items())
+        parts = ((value[key], each, key) for key, each in keys if key in value)
+    else:
+        return None
+    return next((wrong for part in parts if (wrong := _misshapen(*part)) is not None), None)
 
 
 def refusal(command: str, error: Any) -> QmpError:
@@ -109,16 +160,8 @@ class _JsonSocket:
             raise QmpError(f"{shown(self._path)}: {reason(e)}") from e
         if not line.strip():
             raise QmpError(f"{shown(self._path)} was closed by the other side")
-        try:
-            # The agent marks an answer that follows a reset with a byte that is no JSON.
-            message = json.loads(line.lstrip(b"\xff"))
-        except (ValueError, RecursionError) as e:
-            raise QmpError(
-                f"{shown(self._path)} does not speak JSON: is it the right socket?"
-            ) from e
-        if not isinstance(message, dict):
-            raise QmpError(f"{shown(self._path)} does not speak QMP: is it the right socket?")
-        return message
+        # The agent marks an answer that follows a reset with a byte that is no JSON.
+        return parsed(line.lstrip(b"\xff"), shown(self._path))
 
     def _line(self, deadline: float) -> bytes:
         """The next one; empty when the other side has closed.  Raises OSError, Interrupted."""

@@ -27,10 +27,12 @@ from .delete import called, ensure_named
 from .names import fits, is_found, listed
 from .nodes import Node, ensure_qcow2, file_name, nodes
 from .openfiles import holding
-from .qmp import Qmp, QmpError, refusal
+from .qmp import Qmp, QmpError, refusal, shaped
 
 _DELETE: Final = "blockdev-snapshot-delete-internal-sync"
+_COMMANDS: Final = "query-commands"
 _JOB: Final = "snapshot-delete"
+_JOBS: Final = "query-jobs"
 _PAUSE: Final = 0.02  # seconds, between two looks at a job
 _APART: Final = 60  # seconds, that the parts of one snapshot on several disks may be
 
@@ -41,25 +43,32 @@ class RunningQemu:
     def __init__(self, qemu: Qmp, image: Image, devices: Sequence[str]) -> None:
         """Raises UsageError when none of the devices is the image, QmpError."""
         self._qemu = qemu
-        there = nodes(qemu)
-        ensure_qcow2(there, devices)
+        self._devices = devices
+        there = self._nodes()
         names = [there[device]["node-name"] for device in devices]
         if len(set(names)) < len(names):
             raise UsageError("a device is given twice: name each one once")
         self._device = _device_of(image, there, devices)
         _ensure_open(qemu, there[self._device], image)
         self._others = [device for device in devices if device != self._device]
-        self._has_job = any(c["name"] == _JOB for c in qemu.execute("query-commands"))
+        commands = shaped(_COMMANDS, qemu.execute(_COMMANDS), [{"name": str}])
+        self._has_job = any(command["name"] == _JOB for command in commands)
+
+    def _nodes(self) -> dict[str, Node]:
+        """Those that QEMU has now, the devices that were named among them."""
+        there = nodes(self._qemu)
+        ensure_qcow2(there, self._devices)
+        return there
 
     def ensure_exact(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
         """Here, and on the other devices, which are asked."""
         _ensure_found(there, snapshot)
-        known = nodes(self._qemu)
+        known = self._nodes()
         for device in self._others:
             self._part(known[device], device, snapshot)
 
     def delete(self, there: Sequence[Snapshot], snapshot: Snapshot) -> None:
-        known = nodes(self._qemu)
+        known = self._nodes()
         parts = {
             device: part
             for device in self._others
@@ -73,7 +82,7 @@ class RunningQemu:
                 for device, part in parts.items():
                     self._qemu.execute(_DELETE, device=device, id=part["id"], name=part["name"])
                 self._qemu.execute(_DELETE, device=self._device, **_words(snapshot))
-            known = nodes(self._qemu)
+            known = self._nodes()
         for device, part in parts.items():
             if part in _snapshots(known[device]):
                 raise QmpError(f"{called(snapshot)} is still there on device {shown(device)}")
@@ -82,7 +91,8 @@ class RunningQemu:
         job = f"qcow2snap-{secrets.token_hex(4)}"
         self._qemu.execute(_JOB, job_id=job, tag=name, devices=list(names))
         while True:
-            jobs = self._qemu.execute("query-jobs")
+            shape = [{"id": str, "status": str}]
+            jobs = shaped(_JOBS, self._qemu.execute(_JOBS), shape)
             state = next((j for j in jobs if j["id"] == job), None)
             if state is None:
                 raise QmpError(f"{_JOB}: the job is gone, somebody else has dismissed it")

@@ -76,7 +76,9 @@ def take(
             raise
         not_thawed = NotThawed(f"the snapshot {shown(name)} was taken, but {e}")
     try:
-        there = nodes(qemu)
+        now = nodes(qemu)
+        ensure_qcow2(now, names)
+        there = now
     except Error as e:
         unknown = str(e)
     images = {called: there[device]["image"] for called, device in devices.items()}

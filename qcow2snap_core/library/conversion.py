@@ -55,9 +55,9 @@ def copy(
     """Make a file, a block device, a FIFO or an NBD export (its URI) hold the disk ``new``.
 
     The format of a file is ``format``, ``"raw"`` or ``"qcow2"``; by default it is qcow2 if the name
-    ends in ``.qcow2``.  ``compress``, ``"zlib"`` or ``"zstd"``, is for the clusters of a qcow2
-    file.  An existing file is replaced only with ``replace``.  ``warn`` is called when the copy of
-    an encrypted image is not encrypted.
+    ends in ``.qcow2``, and a name with the ending of another format is refused.  ``compress``,
+    ``"zlib"`` or ``"zstd"``, is for the clusters of a qcow2 file.  An existing file is replaced
+    only with ``replace``.  ``warn`` is called when the copy of an encrypted image is not encrypted.
 
     With ``since``, a disk that the target holds already, only what changed is written.  ``base``
     says how it is made sure that the target holds it: by the record that an earlier copy has left
@@ -84,7 +84,8 @@ def copy(
     if format is not None:
         arguments.one_of("format", format, FORMATS)
     check_compress(compress)
-    if compress is not None and (format or form_of(path)) != "qcow2":
+    form = format or form_of(path, LIBRARY)
+    if compress is not None and form != "qcow2":
         raise ValueError("compress goes with format='qcow2'")
     if since is None:
         arguments.instance("new", new, Disk)
@@ -95,7 +96,7 @@ def copy(
         to = new_copy(path, form=format, compress=compress, replace=replace, words=LIBRARY)
     else:
         comparable(since, new)
-        if replace or (format or form_of(path)) != "raw":
+        if replace or form != "raw":
             raise ValueError("since updates a raw file, device or export: leave out replace")
         to = update(path, how, in_place=in_place)
     old = None if since is None else since._disk

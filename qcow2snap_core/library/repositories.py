@@ -58,6 +58,7 @@ def restore(
     target: str | os.PathLike[str],
     *,
     snapshot: str | None = None,
+    skip_damaged: bool = False,
     replace: bool = False,
     verify: bool = True,
     warn: Callable[[str], object] = warnings.warn,
@@ -66,21 +67,28 @@ def restore(
     of one.  ``snapshot`` is its file in the repository, its ID or its name; of several the newest
     is meant.  ``target`` can then be whatever the target of :func:`copy` can be.
 
-    The files are compared with their checksums first.  The keywords are those of :func:`split`.
-    Returns the names of the snapshots.  Raises as :func:`copy`, and ImageError when the repository
-    is damaged.
+    The files are compared with their checksums first.  With ``skip_damaged`` snapshots that cannot
+    be restored are left out, and ``warn`` is called for each.  The other keywords are those of
+    :func:`split`.  Returns the names of the snapshots.  Raises as :func:`copy`, and ImageError when
+    the repository is damaged.
 
     >>> restore("backups", "again.qcow2")
     ['weekly', 'nightly']
     """
     where, path = arguments.path("repository", repository), arguments.path("target", target)
-    for name, value in {"replace": replace, "verify": verify}.items():
+    for name, value in {
+        "skip_damaged": skip_damaged,
+        "replace": replace,
+        "verify": verify,
+    }.items():
         arguments.flag(name, value)
+    if skip_damaged and snapshot is not None:
+        raise ValueError("skip_damaged goes without snapshot, which says what is restored")
     with silent():
         if snapshot is None:
             place = target_of(path, restoring.RESTORE_TARGETS, replace)
-            done = restoring.restore(where, place, told(warn), LIBRARY, verify)
-            return [each.name for each in done]
+            done = restoring.restore(where, place, told(warn), LIBRARY, verify, skip_damaged)
+            return [each.name for each in done.snapshots]
         wanted = arguments.text("snapshot", snapshot)
         if path == STANDARD_OUTPUT:
             path = os.path.join(os.curdir, path)  # that is the command's notation

@@ -25,14 +25,17 @@ _WRITE: Final = 1  # the bit of BLK_PERM_WRITE
 _FLOCK: Final = "hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
-def ensure_not_written(files: Iterable[Storage]) -> None:
-    """Raises UsageError while another program has one of the files open for writing."""
+def ensure_not_written(
+    files: Iterable[Storage], instead: str = ", or take a snapshot and read that"
+) -> None:
+    """Raises UsageError while another program has one of the files open for writing; ``instead`` is
+    what can be done besides shutting it down."""
     for file in files:
         ensure_open(file)
         if is_written(file):
             raise UsageError(
                 f"{shown(file.path)} is in use, a QEMU has it open for writing: shut the virtual "
-                f"machine down, or take a snapshot and read that"
+                f"machine down{instead}"
             )
 
 

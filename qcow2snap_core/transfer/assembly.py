@@ -8,9 +8,11 @@ first one whole, and each further one where it, or what was written, differs fro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import count
+from typing import Final, NamedTuple
 
 from ..errors import shown
 from ..format.snapshots import Snapshot
@@ -25,6 +27,8 @@ from .room import check_room
 from .shape import Shape
 from .states import StateWriter, Streams, Tables
 from .verify import State, check_described, check_sound, compare_state
+
+_LAST_NUMBER: Final = (1 << 64) - 1  # ULONG_MAX
 
 
 class Member(NamedTuple):
@@ -113,7 +117,23 @@ def amount(members: Iterable[Member]) -> int:
     return sum(m.state.size + (m.vm_state.size if m.vm_state else 0) for m in members)
 
 
-def free_id(ids: Iterable[str]) -> int:
-    """The number that a new snapshot gets as its ID (QEMU: find_new_snapshot_id)."""
-    numbers = [int(id_) for id_ in ids if id_.isascii() and id_.isdigit() and len(id_) < 20]
-    return max(numbers, default=0) + 1
+def free_ids(ids: Iterable[str]) -> Iterator[str]:
+    """What new snapshots get as their IDs: the numbers behind the highest (QEMU:
+    find_new_snapshot_id), but for those that are there.  Only behind the last number of 64 bits,
+    where QEMU begins again at 0, there are such, and QEMU gives one ID twice."""
+    taken = set(ids)
+    highest = max(map(_number, taken), default=0)
+    numbers = (str(n & _LAST_NUMBER) for n in count(highest + 1))
+    return (number for number in numbers if number not in taken)
+
+
+def _number(id_: str) -> int:
+    """What strtoul makes of an ID."""
+    found = re.match(r"[ \t\n\v\f\r]*([+-]?)0*([0-9]+)", id_)
+    if found is None:
+        return 0
+    sign, digits = found.groups()
+    number = int(digits) if len(digits) <= len(str(_LAST_NUMBER)) else _LAST_NUMBER + 1
+    if number > _LAST_NUMBER:
+        return _LAST_NUMBER
+    return -number & _LAST_NUMBER if sign == "-" else number

@@ -26,7 +26,7 @@ from ..image.opener import open_image
 from ..storage.locks import ensure_not_written
 from ..tables.diff import changes
 from ..util.progress import Advance, progress
-from .chains import check_source, kept_backing
+from .chains import BACKED_UP, check_source, kept_backing
 from .compressors import COMPRESSIONS
 from .copier import Copier
 from .job import Warn, warn_of_encryption
@@ -52,7 +52,7 @@ def compact(
     StorageError when the file cannot be written.
     """
     out = place.name
-    check_source(image, place)
+    check_source(image, place, BACKED_UP)
     table = image.table()
     if table.damage is not None:
         raise ImageError(f"the snapshot table of {shown(image.path)} is damaged: {table.damage}")
@@ -135,7 +135,7 @@ def _measured(image: Image, table: Table) -> _Tables:
 
 def _check_unchanged(image: Image, table: Table) -> None:
     """Raises UsageError when a QEMU has the image open by now, SnapshotGone when one is."""
-    ensure_not_written(image.files)
+    ensure_not_written(image.files, BACKED_UP)
     image.guard(table.snapshots).confirm()
 
 

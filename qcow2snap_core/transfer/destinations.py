@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from ..errors import UsageError, shown
+from ..storage.libnbd import is_uri
 from ..util.wording import COMMAND, Wording
 from .devices import Device, Export
 from .job import Job
@@ -25,6 +26,9 @@ from .streams import Stream
 from .updates import Base
 
 FORMATS: Final = ("raw", "qcow2")
+
+#: How names of files end that other programs would take for another format than these.
+_OTHERS: Final = (".dmg", ".parallels", ".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk", ".vpc")
 
 _NEW: Final = Kind.FILE | Kind.DEVICE | Kind.EXPORT | Kind.STREAM
 _UPDATED: Final = Kind.FILE | Kind.DEVICE | Kind.EXPORT
@@ -56,7 +60,7 @@ def new_copy(
     """
     place = judge(target, _NEW, replace=replace, words=words)
     if place.kind is Kind.FILE:
-        if (form or form_of(target)) == "qcow2":
+        if (form or form_of(target, words)) == "qcow2":
             return Qcow2File(place, compress)
         return NewFile(place)
     if form == "qcow2":
@@ -80,6 +84,13 @@ def update(target: str, base: Base = Base.RECORDED, *, in_place: bool = False) -
     return Device(place, base) if place.kind is Kind.DEVICE else Export(place, base)
 
 
-def form_of(target: str) -> str:
-    """The format that a file of that name is written in."""
-    return "qcow2" if target.endswith(ENDING) else "raw"
+def form_of(target: str, words: Wording = COMMAND) -> str:
+    """The format that a file of that name is written in.  Raises UsageError when the name is that
+    of another one."""
+    name = target.lower()
+    if name.endswith(_OTHERS) and not is_uri(target):
+        raise UsageError(
+            f"the target's name is that of another format than raw and qcow2: give another name, "
+            f"or {words.given('format', 'raw')}"
+        )
+    return "qcow2" if name.endswith(ENDING) else "raw"

@@ -24,7 +24,7 @@ from ..storage.local import Storage
 from ..storage.locks import ensure_not_written
 from ..util.progress import progress
 from . import manifest
-from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
+from .assembly import Member, amount, assemble, check_members, compare_assembled, free_ids
 from .chains import check_source
 from .job import Warn, warn_of_encryption
 from .judge import Kind, Place
@@ -62,11 +62,11 @@ def join(top: Image, place: Place, warn: Warn, verify: bool = True) -> list[str]
             total = check_members(members, shape, part, out)
             with progress("joining", total) as bar:
                 assemble(part, out, shape, members, bar)
-            ensure_not_written(top.files)
+            ensure_not_written(top.files, "")
             if verify:
                 with progress("comparing", amount(members)) as bar:
                     compare_assembled(part, out, members, reading(top), bar)
-                ensure_not_written(top.files)
+                ensure_not_written(top.files, "")
     return [m.snapshot.name for m in members if m.snapshot is not None]
 
 
@@ -121,7 +121,7 @@ def _new_snapshot(name: str, size: int, before: Sequence[Snapshot]) -> Snapshot:
     """What the entry of a layer says of which only the name is known."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     return Snapshot(
-        id=str(free_id(s.id for s in before)),
+        id=next(free_ids(s.id for s in before)),
         name=name,
         date_sec=seconds,
         date_nsec=nanoseconds,

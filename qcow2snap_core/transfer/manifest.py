@@ -109,7 +109,10 @@ def read(directory: str) -> Manifest:
             raise ImageError(f"{shown(storage.path)} has more than {_MOST >> 20} MiB")
         return parse(storage.read(_MOST, 0))
     except ValueError as e:
-        raise ImageError(f"{shown(storage.path)} cannot be believed: {e}") from e
+        raise ImageError(
+            f"{shown(storage.path)} cannot be believed: {e}; qemu-img reads the qcow2 files beside "
+            f"it as they are"
+        ) from e
     finally:
         storage.close()
 
@@ -226,7 +229,10 @@ def _hexadecimal(value: Any) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("an ID or a name is no text")
-    # UnicodeEncodeError, which is a ValueError, for surrogates that stand for no byte
-    if len(value.encode("utf-8", "surrogateescape")) > _LONGEST_TEXT:
+    try:
+        raw = value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        raise ValueError("an ID or a name is no text") from None
+    if len(raw) > _LONGEST_TEXT:
         raise ValueError("an ID or a name is too long")
     return value

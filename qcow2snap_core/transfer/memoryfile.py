@@ -47,7 +47,7 @@ _ELF: Final = ".elf"
 
 def form_of_memory(target: str) -> str:
     """The form that a file of that name has."""
-    return "elf" if target.endswith(_ELF) else "raw"
+    return "elf" if target.lower().endswith(_ELF) else "raw"
 
 
 class Memory(NamedTuple):

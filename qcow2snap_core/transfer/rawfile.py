@@ -11,6 +11,7 @@ compared, or trusted (:mod:`.updates`).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ class NewFile:
         with output(path, most=job.permissions, replace=self.place.replace) as part:
             check_space(os.path.dirname(part), job.amount.data, f"copying to {shown(path)}")
             with opened(part) as fd:
-                give_size(path, fd, job.new.size)
+                instead = "give a name that ends in .qcow2, such a file does not need that"
+                give_size(path, fd, job.new.size, instead)
                 job.move(RawTarget(path, fd, empty=True))
                 kept = record is not None and keep(fd, record)
         keep_beside(path, None if kept else record)
@@ -66,7 +68,7 @@ class UpdatedFile:
         record = job.record()
         with output(path, replace=True) as part, opened(part) as fd:
             _clone(path, fd, job.amount.data)
-            os.ftruncate(fd, job.new.size)
+            give_size(path, fd, job.new.size)
             job.move(RawTarget(path, fd))
             kept = record is not None and keep(fd, record)
         keep_beside(path, None if kept else record)
@@ -138,12 +140,14 @@ def _clone(path: str, fd: int, more: int) -> None:
         old.close()
 
 
-def give_size(path: str, fd: int, size: int) -> None:
-    """Make the file that long, in bytes.  Raises UsageError."""
+def give_size(path: str, fd: int, size: int, instead: str = "") -> None:
+    """Make the file that long, in bytes; ``instead`` is what can be done where none can be.  Raises
+    UsageError."""
     try:
         os.ftruncate(fd, size)
     except OSError as e:
-        raise UsageError(f"cannot make {shown(path)} {binary(size)} long: {reason(e)}") from e
+        why = f"{reason(e)}; {instead}" if instead and e.errno == errno.EFBIG else reason(e)
+        raise UsageError(f"cannot make {shown(path)} {binary(size)} long: {why}") from e
 
 
 @contextmanager

@@ -23,12 +23,12 @@ from ..image.layers import RawLayer
 from ..image.opener import Options
 from ..util.progress import progress
 from ..util.wording import Wording
-from .assembly import Member, amount, assemble, check_members, compare_assembled, free_id
+from .assembly import Member, amount, assemble, check_members, compare_assembled, free_ids
 from .copy import Copied, copy
 from .destinations import Destination
 from .job import Warn
 from .judge import Kind, Place
-from .manifest import Entry, open_in
+from .manifest import Entry, Manifest, open_in
 from .mover import RawSource, whole
 from .outputs import output, permissions
 from .overlays import data_of, streams_of
@@ -46,9 +46,19 @@ class Verdict(NamedTuple):
     problem: str | None  # one line; None where all of it is well
 
 
+class Restored(NamedTuple):
+    """What is in an image that was made again."""
+
+    snapshots: list[Snapshot]
+    left_out: list[Entry]
+
+
 def verify(directory: str) -> list[Verdict]:
     """Read all of a repository.  Raises as :func:`.open_repository`."""
-    repository = open_repository(directory)
+    return _verdicts(open_repository(directory))
+
+
+def _verdicts(repository: Repository) -> list[Verdict]:
     found: dict[str, Verdict] = {}
     with progress("checking", stored_size(repository.entries)) as bar:
         for entry in repository.entries:
@@ -79,22 +89,28 @@ def restore_disk(
 
 
 def restore(
-    directory: str, place: Place, warn: Warn, words: Wording, verify: bool = True
-) -> list[Snapshot]:
-    """Make an image with all snapshots again; returns them.
+    directory: str,
+    place: Place,
+    warn: Warn,
+    words: Wording,
+    verify: bool = True,
+    skip_damaged: bool = False,
+) -> Restored:
+    """Make an image with all snapshots again.
 
-    With ``verify`` it is compared with the repository before it gets its name.
+    With ``verify`` it is compared with the repository before it gets its name.  With
+    ``skip_damaged`` what is damaged, or lies on that, is left out, and ``warn`` is told why.
     Raises UsageError before anything is written when that cannot be done, ImageError when the
     repository is damaged, StorageError when the image cannot be written.
     """
     repository = open_repository(directory)
     if not repository.entries:
         raise UsageError(f"{shown(directory)} has no snapshots yet: nothing can be restored")
-    try:
-        repository.check_all(repository.entries)
-    except ImageError as e:
-        one = words.given("snapshot", "NAME")
-        raise ImageError(f"{e}: {one} restores one that does not need it") from e
+    left_out: list[Entry] = []
+    if skip_damaged:
+        repository, left_out = _without_damaged(repository, warn)
+    else:
+        _check_all(repository, words)
     out = place.name
     with ExitStack() as opened:
         disks, files = opened.enter_context(repository.layers(words))
@@ -109,7 +125,30 @@ def restore(
             if verify:
                 with progress("comparing", amount(members)) as bar:
                     compare_assembled(part, out, members, Options(words=words), bar)
-    return [m.snapshot for m in members if m.snapshot is not None]
+    return Restored([m.snapshot for m in members if m.snapshot is not None], left_out)
+
+
+def _check_all(repository: Repository, words: Wording) -> None:
+    try:
+        repository.check_all(repository.entries)
+    except ImageError as e:
+        one, others = words.given("snapshot", "NAME"), words.flag("skip-damaged")
+        raise ImageError(
+            f"{e}: {one} restores one that does not need it, {others} all of these"
+        ) from e
+
+
+def _without_damaged(repository: Repository, warn: Warn) -> tuple[Repository, list[Entry]]:
+    """What can be restored, as a repository, and what cannot."""
+    verdicts = _verdicts(repository)
+    for verdict in verdicts:
+        if verdict.problem is not None:
+            warn(f"{verdict.entry} is left out: {verdict.problem}")
+    whole = tuple(v.entry for v in verdicts if v.problem is None)
+    if not whole:
+        raise ImageError(f"{shown(repository.directory)} has no snapshot that can be restored")
+    left_out = [v.entry for v in verdicts if v.problem is not None]
+    return Repository(repository.directory, Manifest(whole)), left_out
 
 
 def _shape(disk: Disk) -> Shape:
@@ -148,13 +187,13 @@ def _data(disk: Disk) -> Iterator[Extent]:
 
 def _ids(entries: Sequence[Entry], warn: Warn) -> list[str]:
     """An ID for each, its own wherever no newer one has it."""
-    free = free_id(entry.snapshot.id for entry in entries)
+    free = free_ids(entry.snapshot.id for entry in entries)
     met: set[str] = set()
     found: list[str] = []
     for entry in reversed(entries):
         id_ = entry.snapshot.id
         if id_ in met:
-            id_, free = str(free), free + 1
+            id_ = next(free)
             warn(f"{entry} gets the ID {id_}, since a newer one has its own")
         met.add(id_)
         found.append(id_)

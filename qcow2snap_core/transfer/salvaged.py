@@ -2,8 +2,8 @@
 
 What was lost reads as zeros, and each range of it has a line in the map: there is never a copy
 without its map.  The map is written last and gets its name first, so at worst there is a map of
-nothing, which is removed.  It takes no other map's place: that may be the one of the copy that is
-replaced, which is there until the new one is.
+nothing, which is removed if the copy got no name.  It takes no other map's place: that may be the
+one of the copy that is replaced, which is there until the new one is.
 
 The format: "Mapfile structure" in ddrescue's manual.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from .. import __version__
 from ..errors import UsageError, shown
@@ -19,7 +20,7 @@ from ..storage.libnbd import is_uri
 from .job import Job
 from .judge import Kind, Place, judge
 from .outputs import output
-from .rawfile import opened
+from .rawfile import give_size, opened
 from .room import check_space
 from .salvage import Loss
 from .targets import RawTarget
@@ -44,12 +45,12 @@ class SalvagedFile:
         assert job.salvage is not None
         path = self.place.name
         self.map.ensure_apart(job.image.files)
-        mapped = False
+        copied: os.stat_result | None = None
         try:
             with output(path, most=job.permissions, replace=self.place.replace) as part:
                 check_space(os.path.dirname(part), job.amount.data, f"copying to {shown(path)}")
                 with opened(part) as fd:
-                    os.ftruncate(fd, job.new.size)
+                    give_size(path, fd, job.new.size)
                     job.move(RawTarget(path, fd, empty=True))
                     losses = job.salvage.losses()
                     # With holes in it, it is no copy that an update could start from.
@@ -57,12 +58,18 @@ class SalvagedFile:
                     kept = record is not None and keep(fd, record)
                 with output(self.map.name, most=job.permissions) as map_part:
                     _write(map_part, _lines(job, path, losses))
-                mapped = True
+                copied = os.stat(part)
         except BaseException:
-            if mapped:
+            if copied is not None and not _leads_to(path, copied):
                 os.unlink(self.map.path)
             raise
         keep_beside(path, None if kept else record)
+
+
+def _leads_to(path: str, file: os.stat_result) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), file)
+    return False
 
 
 def _write(path: str, lines: Iterable[str]) -> None:

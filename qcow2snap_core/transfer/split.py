@@ -23,7 +23,7 @@ from ..image.image import Image
 from ..storage.locks import ensure_not_written
 from ..util.progress import progress
 from . import manifest
-from .chains import check_source, kept_backing, relative
+from .chains import BACKED_UP, check_source, kept_backing, relative
 from .job import Warn, warn_of_encryption
 from .judge import ENDING, VM_STATE, Kind, Place
 from .manifest import Entry, Manifest
@@ -45,7 +45,7 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
     Raises UsageError before anything is written when that cannot be done.
     """
     directory = place.name
-    check_source(image, place)
+    check_source(image, place, BACKED_UP)
     snapshots = image.snapshots
     keep = image.header.backing_file is not None and not image.encrypted
     disks = [image.disk(s) for s in snapshots] + [image.active_disk()]
@@ -76,12 +76,12 @@ def split(image: Image, place: Place, warn: Warn, verify: bool = True) -> list[s
             if vm_state is not None:
                 private(_beside(path))
                 write_vm_state(_beside(path), _beside(name), vm_state, verify)
-        ensure_not_written(image.files)
+        ensure_not_written(image.files, BACKED_UP)
         if verify:
             with progress("comparing", sum(step.disk.size for step in steps)) as bar:
                 for path, name, step in zip(paths, shown_as, steps, strict=True):
                     compare_disk(path, name, step, reading(image), bar)
-            ensure_not_written(image.files)
+            ensure_not_written(image.files, BACKED_UP)
         _describe(snapshots, paths)
         for each in os.listdir(temporary):
             publish(os.path.join(temporary, each), permissions(image.files))

@@ -5,14 +5,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Set
-from typing import Any
+from typing import Any, Final
+
+_MOST_DIGITS: Final = 20  # of -(1 << 63), and of (1 << 64) - 1
 
 
 def loads(raw: bytes) -> Any:
     """What ASCII text says; no field of an object is there twice, and what Python alone takes for
     JSON is refused, and so is UTF-8."""
     try:
-        return json.loads(raw.decode("ascii"), object_pairs_hook=_object, parse_constant=_no)
+        return json.loads(
+            raw.decode("ascii"), object_pairs_hook=_object, parse_int=_int, parse_constant=_no
+        )
+    except UnicodeDecodeError:
+        raise ValueError("it is not ASCII") from None
+    except json.JSONDecodeError:  # in words of Python's
+        raise ValueError("it is no JSON, or only a part of it") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -36,6 +44,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a field is there twice")
     return found
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError("a number is out of bounds")
+    return int(digits)
 
 
 def _no(constant: str) -> None:

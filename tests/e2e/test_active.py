@@ -51,6 +51,7 @@ def commands(path: Path) -> dict[str, list[object]]:
         "diff, as the old one": ["diff", path, "@active", "one"],
         "copy": ["copy", path, "@active", out],
         "split": ["split", path, out],
+        "compact": ["compact", path, out],
         "join": ["join", path, out],
     }
 
@@ -63,7 +64,13 @@ NAMES = list(commands(Path()))
 def test_refused_while_a_qemu_may_write(disk: Path, name: str, written: str) -> None:
     with opened(disk.with_name(written)):
         said = fails(*commands(disk)[name])
-    assert f"{written}' is in use, a QEMU has it open for writing" in said
+    advice = {
+        "split": ", or use backup and then restore, which leave out the active disk",
+        "compact": ", or use backup and then restore, which leave out the active disk",
+        "join": "",
+    }.get(name, ", or take a snapshot and read that")
+    said_of_it = "is in use, a QEMU has it open for writing: shut the virtual machine down"
+    assert said.endswith(f"{written}' {said_of_it}{advice}")
     assert sorted(os.listdir(disk.parent)) == ["base.qcow2", "disk.qcow2"]
 
 

@@ -80,7 +80,9 @@ def test_each_compressed_cluster_is_where_its_stream_is(disk: Path) -> None:
 def test_without_a_snapshot_it_says_which_there_are(disk: Path) -> None:
     done = run("map", disk)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "name a SNAPSHOT, or @active for the active disk: it has 1 's': " in done.stderr
+    assert done.stderr == (
+        "qcow2snap: name a SNAPSHOT, or @active for the active disk: it has 1 's'\n"
+    )
     assert "no such file" in fails("map", disk.with_name("none"))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import command, qemu
-from support.qemu import KiB, MiB
+from support.qemu import GiB, KiB, MiB
+from support.server import ROOT
 
 SIZE = 8 * MiB + 1536  # no whole number of clusters
 
@@ -67,6 +70,10 @@ def test_zeros_take_no_space(tmp_path: Path) -> None:
         ("out.qcow2", ["--format", "raw"], "raw"),
         ("out.img", ["--format", "qcow2"], "qcow2"),
         ("out.qcow2.img", [], "raw"),
+        ("out.QCOW2", [], "qcow2"),
+        ("out.vmdk.raw", [], "raw"),
+        ("out.vmdk", ["--format", "raw"], "raw"),
+        ("out.VDI", ["--format", "qcow2"], "qcow2"),
     ],
 )
 def test_the_option_wins_over_the_name(
@@ -88,6 +95,9 @@ def test_the_option_wins_over_the_name(
         (["--compress=lzo"], "out.qcow2", "give one of zlib, zstd"),
         (["--since", "s"], "out.qcow2", "--since updates raw files"),
         (["--since", "s", "--force"], "out.raw", "leave out --force"),
+        ([], "out.vmdk", "give another name, or --format raw"),
+        ([], "out.VHDX", "name is that of another format than raw and qcow2"),
+        (["--salvage", "map"], "out.qed", "name is that of another format"),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(
@@ -97,6 +107,16 @@ def test_what_does_not_go_together_is_a_usage_error(
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_snapshot_of_a_repository_goes_by_the_same_names(image: Path, tmp_path: Path) -> None:
+    command.here("backup", image, tmp_path / "repository")
+    restore = ("restore", "--snapshot", "s", tmp_path / "repository")
+    assert "--format raw" in command.fails_here(*restore, tmp_path / "out.vdi")
+    command.here(*restore, "--format", "raw", tmp_path / "out.vdi")
+    assert (tmp_path / "out.vdi").read_bytes() == qemu.snapshot_content(image, "s")
+    whole = ("restore", "--format", "raw", tmp_path / "repository", tmp_path / "out")
+    assert "--format goes with --snapshot" in command.here(*whole, status=2)
 
 
 def test_only_a_file_can_be_one(image: Path) -> None:
@@ -112,3 +132,20 @@ def test_a_size_that_no_qcow2_disk_has_is_refused(tmp_path: Path) -> None:
     line = command.fails("copy", path, "s", tmp_path / "out.qcow2")
     assert "4095 bytes are no whole number of sectors" in line
     assert os.listdir(tmp_path) == ["disk.qcow2"]
+
+
+def test_it_can_hold_a_disk_for_which_no_file_is_long_enough(tmp_path: Path) -> None:
+    path = qemu.create(tmp_path / "disk.qcow2", GiB)
+    qemu.take(path, "s")
+    limited = ["prlimit", f"--fsize={GiB - MiB}", sys.executable, "-m", "qcow2snap_core", "copy"]
+
+    def copy(out: Path) -> subprocess.CompletedProcess[str]:
+        line = [*limited, str(path), "s", str(out)]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    raw = tmp_path / "out.raw"
+    assert copy(raw).stderr == (
+        f"qcow2snap: cannot make '{raw}' 1 GiB long: file too large; give a name that ends in "
+        f".qcow2, such a file does not need that\n"
+    )
+    assert copy(tmp_path / "out.qcow2").returncode == 0

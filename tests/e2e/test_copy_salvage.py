@@ -220,3 +220,23 @@ def test_no_map_is_left_of_a_copy_that_got_no_name(disk: Path, tmp_path: Path) -
     assert "was made by somebody else meanwhile" in said
     assert os.listdir(out.parent) == ["out.raw"]
     assert out.read_text() == "another's"
+
+
+def test_a_map_stays_with_a_copy_that_has_its_name(
+    harmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory cannot be brought to the disk any more once both are in it."""
+    out = tmp_path / "copies" / "out.raw"
+    out.parent.mkdir()
+    synced = os.fsync
+
+    def fsync(fd: int) -> None:
+        if os.fstat(fd).st_ino == out.parent.stat().st_ino and out.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        synced(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    copying = ("copy", "--salvage", out.with_name("map"), harmed, "one", out)
+    assert "input/output error" in command.fails_here(*copying)
+    assert sorted(os.listdir(out.parent)) == ["map", "out.raw"]
+    assert out.read_bytes() == content(LOST)

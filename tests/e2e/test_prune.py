@@ -20,6 +20,7 @@ import pytest
 from support import damage, live, qemu, running, secret
 from support.command import as_nobody, fails, on_terminal, qcow2snap, qcow2snap_json, run
 from support.devices import loop_device
+from support.false_qemu import Answers, false_qemu
 from support.qemu import KiB, MiB
 from support.refcounts import allocated, count_table
 from support.relay import relayed
@@ -543,6 +544,36 @@ def test_a_running_qemu_has_to_do_it(disk: Path) -> None:
     assert {name: qemu.content(disk, name) for name in kept} == kept
     assert qemu.content(disk, "now")[:300] == b"new" * 100
     qemu.run("qemu-img", "check", "-q", disk)
+
+
+MISSHAPEN: dict[str, tuple[Answers, str]] = {
+    "commands": (
+        {"query-commands": [{"nom": 1}]},
+        "query-commands: the answer cannot be understood, an element of it has no name: ",
+    ),
+    "device": (
+        {"query-commands": [], "query-block": ([], [{"inserted": 1}])},
+        "query-block: the answer cannot be understood, an element of it has no device: ",
+    ),
+    "nodes": (
+        {"query-commands": [], "query-block": [], "query-named-block-nodes": ([],)},
+        "QEMU has no device 'd': its qcow2 ones are",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_what_is_no_answer_of_qemu_s_is_one_line(disk: Path, tmp_path: Path, case: str) -> None:
+    image = json.loads(qemu.run("qemu-img", "info", "--output=json", disk))
+    node = {"node-name": "d", "drv": "qcow2", "image": image}
+    odd, why = MISSHAPEN[case]
+    replies: Answers = {"qmp_capabilities": {}, "query-block": [], **odd}
+    then = odd.get("query-named-block-nodes")
+    nodes = ([node], *then) if isinstance(then, tuple) else [node]
+    with false_qemu(tmp_path / "qmp", {**replies, "query-named-block-nodes": nodes}):
+        said = refused(disk, *RULES, "--qmp", tmp_path / "qmp", "--device", "d")
+    assert said.startswith(f"qcow2snap: {why}")
+    assert len(names(disk)) == 10
 
 
 def test_it_has_to_be_the_file_that_qemu_has_open(disk: Path, tmp_path: Path) -> None:

@@ -477,8 +477,9 @@ def test_killed_at_a_random_moment_it_goes_on_where_it_was(
         process.communicate(timeout=60)
     before: list[dict[str, Any]] = []
     if (repository / NAME).exists():
-        command.here("verify", repository)
         before = entries(repository)
+    if before:
+        command.here("verify", repository)
     command.here("backup", large, repository)
     assert entries(repository)[: len(before)] == before
     assert [e["name"] for e in entries(repository)] == ["s1", "s2", "s3"]
@@ -579,7 +580,9 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     os.truncate(file, len(whole) - 512)
     said = command.fails_here("restore", repository, tmp_path / "out")
     assert "bytes and not" in said
-    assert said.endswith(": --snapshot NAME restores one that does not need it")
+    assert said.endswith(
+        ": --snapshot NAME restores one that does not need it, --skip-damaged all of these"
+    )
     assert "bytes and not" in command.fails_here(
         "restore", "--snapshot", "three", repository, tmp_path / "out"
     )
@@ -588,6 +591,52 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     file.unlink()
     found = json.loads(command.here("verify", "--json", repository, status=3))
     assert [bool(each["problem"]) for each in found] == [False, True, True]
+
+
+@pytest.mark.parametrize(("lost", "left"), [(2, ["one", "four"]), (4, ["one", "two", "three"])])
+def test_what_is_damaged_can_be_left_out(tmp_path: Path, lost: int, left: list[str]) -> None:
+    path, repository = qemu.create(tmp_path / "disk.qcow2", MiB), tmp_path / "repository"
+    for byte, name in enumerate(("one", "two", "three"), 1):
+        qemu.io(path, f"write -P {byte} {byte * 256 - 256}k 256k")
+        qemu.take(path, name)
+    command.here("backup", path, repository)
+    qemu.run("qemu-img", "snapshot", "-a", "one", path)
+    qemu.io(path, "write -P 4 0 64k")
+    qemu.take(path, "four")
+    whole = shutil.copy(path, tmp_path / "whole.qcow2")
+    for name in ("two", "three"):  # so that it is laid on the first one
+        qemu.run("qemu-img", "snapshot", "-d", name, path)
+    assert command.run("backup", path, repository).returncode == 0
+    parents = [entry["parent"] for entry in entries(repository)]
+    assert parents == [None, "1.qcow2", "2.qcow2", "1.qcow2"]
+    file, out = repository / f"{lost}.qcow2", tmp_path / "out.qcow2"
+    qemu.patch(file, 100_000, bytes([qemu.peek(file, 100_000, 1)[0] ^ 1]))
+    done = command.run("restore", "--skip-damaged", repository, out)
+    assert (done.returncode, done.stdout) == (3, f"{out}: {', '.join(left)}\n")
+    said = done.stderr.splitlines()
+    assert len(said) == 4 - len(left)
+    assert f"is left out: '{file}' is damaged: its SHA-256 is another one" in said[0]
+    assert all(" is left out: " in line for line in said)
+    qemu.run("qemu-img", "check", "-q", out)
+    found = {s["name"]: s for s in qemu.info(out)["snapshots"]}
+    assert list(found) == left
+    assert found == {s["name"]: s for s in qemu.info(whole)["snapshots"] if s["name"] in left}
+    for name in left:
+        assert qemu.content(out, name) == qemu.content(whole, name)
+    assert qemu.content(out) == qemu.content(whole, left[-1])
+
+
+def test_with_nothing_left_there_is_no_image(good: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    command.here("restore", "--skip-damaged", repository, tmp_path / "whole.qcow2")
+    (repository / "1.qcow2").unlink()
+    skipping = ("restore", "--skip-damaged", repository, tmp_path / "out")
+    done = command.run(*skipping)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"'{repository}' has no snapshot that can be restored\n")
+    assert not (tmp_path / "out").exists()
+    assert "goes without --snapshot" in command.here(*skipping, "--snapshot", "one", status=2)
 
 
 # --- Hostile ones ---
@@ -635,6 +684,41 @@ def test_a_manifest_is_not_believed(good: Path, tmp_path: Path, what: str) -> No
         assert expected in command.fails_here(*line, repository, tmp_path / "out")
     assert expected in command.here("verify", repository, status=1 if "elsewhere" in what else 3)
     assert sorted(os.listdir(tmp_path)) == ["repository"]
+
+
+def test_no_id_is_given_twice(good: Path, tmp_path: Path) -> None:
+    """Where the next free number is the ID of 20 digits that another has."""
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    manifest = json.loads((repository / NAME).read_text())
+    one, two = manifest["snapshots"]
+    one["id"] = two["id"] = "9" * 19
+    third = two | {"id": str(10**19), "name": "three", "disk": two["disk"] | {"file": "3.qcow2"}}
+    manifest["snapshots"].append(third)
+    shutil.copy(repository / two["disk"]["file"], repository / "3.qcow2")
+    (repository / NAME).write_text(json.dumps(manifest))
+    done = command.run("restore", repository, tmp_path / "again.qcow2")
+    assert done.returncode == 0
+    assert "gets the ID 10000000000000000001, since a newer one has its own" in done.stderr
+    ids = [s["id"] for s in qemu.info(tmp_path / "again.qcow2")["snapshots"]]
+    assert ids == [str(10**19 + 1), "9" * 19, str(10**19)]
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_of_a_manifest_that_was_cut_off_it_is_said_what_is_left(
+    good: Path, tmp_path: Path, length: int
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(good, repository)
+    os.truncate(repository / NAME, length)
+    for line in (["restore"], ["restore", "--snapshot", "two"], ["backup"]):
+        arguments = [repository, tmp_path / "out"]
+        if line == ["backup"]:
+            arguments = [good.parent / "disk.qcow2", repository]
+        assert command.fails_here(*line, *arguments) == (
+            f"qcow2snap: '{repository / NAME}' cannot be believed: it is no JSON, or only a part "
+            f"of it; qemu-img reads the qcow2 files beside it as they are"
+        )
 
 
 @pytest.mark.parametrize("name", ["1.qcow2", NAME])
@@ -689,9 +773,11 @@ def test_what_may_be_a_repository(good: Path, tmp_path: Path) -> None:
         "missing/deep": "make it first",
     }.items():
         assert expected in command.fails_here("backup", path, tmp_path / name)
+    os.mkdir(tmp_path / "bare")
     for name, expected in {
         "file": "is no directory",
         "full": "is no repository",
+        "bare": "is no repository",
         "missing": "is no directory",
     }.items():
         assert expected in command.fails_here("verify", tmp_path / name)
@@ -711,3 +797,4 @@ def test_what_may_be_a_repository(good: Path, tmp_path: Path) -> None:
     assert "has no snapshots yet" in command.fails_here(
         "restore", tmp_path / "none", tmp_path / "out"
     )
+    assert "has no snapshots yet" in command.fails_here("verify", tmp_path / "none")

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbd
 import pytest
 from support import qemu
+from support.false_qemu import Answers, false_qemu
 from support.qemu import MiB
 from support.relay import relayed
 from support.server import ROOT
@@ -69,9 +70,6 @@ def qmp(disks: list[Path], tmp_path: Path) -> Iterator[Path]:
         yield socket_path
 
 
-Answers = Mapping[str, object]
-
-
 class Agent:
     """Answers as the guest's agent does, and remembers what it was asked; ``answers`` is what it
     says to some commands instead, as JSON or lines."""
@@ -103,30 +101,6 @@ class Agent:
     def close(self) -> None:
         self._server.close()
         self._thread.join(10)
-
-
-@contextmanager
-def false_qemu(path: Path, replies: Answers) -> Iterator[None]:
-    """Something that greets as QEMU does and answers this; at any other command it closes."""
-
-    def serve() -> None:
-        client, _ = server.accept()
-        with client, client.makefile("rw") as lines:
-            print('{"QMP": {}}', file=lines, flush=True)
-            for line in lines:
-                command = json.loads(line)["execute"]
-                if command not in left or not left[command]:
-                    return
-                print(json.dumps({"return": left[command].pop(0)}), file=lines, flush=True)
-
-    left = {k: list(v) if isinstance(v, tuple) else [v] * 9 for k, v in replies.items()}
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield
-        thread.join(20)
 
 
 def take(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -445,7 +419,8 @@ def test_a_name_that_qemu_has_cut_off(tmp_path: Path) -> None:
 
 
 def test_what_qemu_says_of_its_nodes_is_one_line(tmp_path: Path) -> None:
-    nodes = [*NODES, {"node-name": "a\nb", "drv": "qcow2"}, {"node-name": "c", "drv": "x\x1b[2J"}]
+    nodes = [*NODES, NODES[0] | {"node-name": "a\nb"}]
+    nodes.append(NODES[0] | {"node-name": "c", "drv": "x\x1b[2J"})
     with false_qemu(tmp_path / "qmp", THERE | {"query-named-block-nodes": nodes}):
         said = take("--qmp", tmp_path / "qmp", "--device", "d1", "x", status=1).stderr
     assert said.endswith(r"its qcow2 ones are a\nb, d0" + "\n")
@@ -453,6 +428,56 @@ def test_what_qemu_says_of_its_nodes_is_one_line(tmp_path: Path) -> None:
     with false_qemu(tmp_path / "qmp", THERE | {"query-named-block-nodes": nodes}):
         said = take("--qmp", tmp_path / "qmp", "--device", "c", "x", status=1).stderr
     assert r"device 'c' is x\x1b[2J, not qcow2" in said
+
+
+def snapshot(**more: object) -> dict[str, object]:
+    return {"id": "1", "name": "x", "vm-state-size": 0, **dict.fromkeys(CLOCKS, 0), **more}
+
+
+CLOCKS = "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"
+NODE = "query-named-block-nodes"
+MISSHAPEN: dict[str, tuple[str, object, str]] = {
+    "an object": (NODE, {}, "it is no list"),
+    "null": (NODE, None, "it is no list"),
+    "a list of lists": (NODE, [[]], "an element of it is no object"),
+    "no name": (NODE, [{}], "an element of it has no node-name"),
+    "a number": (NODE, [NODES[0] | {"node-name": 3}], "node-name is no text"),
+    "no image": (NODE, [NODES[0] | {"image": []}], "image is no object"),
+    "a driver": (NODE, [NODES[0] | {"drv": ["qcow2"]}], "drv is no text"),
+    "a path": (NODE, [NODES[0] | {"image": {"filename": None}}], "filename is no text"),
+    "snapshots": (
+        NODE,
+        [NODES[0] | {"image": {"filename": "x", "snapshots": {"x": 1}}}],
+        "snapshots is no list",
+    ),
+    "a date": (
+        NODE,
+        [NODES[0] | {"image": {"filename": "x", "snapshots": [snapshot(**{"date-sec": True})]}}],
+        "date-sec is no number",
+    ),
+    "devices": ("query-block", [{"device": "d0", "inserted": [1]}], "inserted is no object"),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_an_answer_of_another_shape_is_one_line(tmp_path: Path, case: str) -> None:
+    command, answer, why = MISSHAPEN[case]
+    with false_qemu(tmp_path / "qmp", THERE | {command: answer}):
+        said = take("--qmp", tmp_path / "qmp", "--device", "d0", "x", status=1).stderr
+    assert said == (
+        f"qcow2snap: {command}: the answer cannot be understood, {why}: is it the right socket?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "after", [[], [[]], [NODES[0] | {"image": {"filename": 'json:["x"]', "snapshots": []}}]]
+)
+def test_what_is_odd_after_the_snapshot_does_not_hide_it(tmp_path: Path, after: object) -> None:
+    replies = THERE | {NODE: (NODES, after), "blockdev-snapshot-internal-sync": {}}
+    with false_qemu(tmp_path / "qmp", replies):
+        done = take("--qmp", tmp_path / "qmp", "--device", "d0", "x")
+    assert done.stderr.startswith("qcow2snap: the snapshot 'x' of 'd0' was taken, but where QEMU")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_machine_s_device_has_no_node_name_of_its_own(disks: list[Path], tmp_path: Path) -> None:

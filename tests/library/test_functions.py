@@ -167,6 +167,12 @@ def test_a_repository_and_back(path: Path, image: Image, tmp_path: Path) -> None
     assert "has 1000 bytes" in problem
     with pytest.raises(qcow2snap_core.ImageError, match="has 1000 bytes"):
         qcow2snap_core.restore(where, tmp_path / "other.qcow2")
+    said: list[str] = []
+    other = tmp_path / "other.qcow2"
+    assert qcow2snap_core.restore(where, other, skip_damaged=True, warn=said.append) == ["one"]
+    assert "is left out: " in said[0]
+    with pytest.raises(ValueError, match="goes without snapshot"):
+        qcow2snap_core.restore(where, other, snapshot="one", skip_damaged=True)
 
 
 def test_join_warns_of_what_is_left_out(image: Image, tmp_path: Path) -> None:

@@ -187,12 +187,12 @@ def backs_up(world: World, rng: random.Random) -> None:
     repository, out = world.directory / "repository", world.directory / "restored"
     how = rng.choice([[], ["--compress", "zlib"], ["--compress", "zstd"]])
     world.command("backup", world.path, repository, *how, *world.keys)
-    world.command("verify", repository)
     for number, state in enumerate(snapshots, 1):
         file = repository / f"{number}.qcow2"
         same(f"backup {how}: {state.name}", qemu.content(file), state.content)
         qemu.run("qemu-img", "check", "-q", file)
     if snapshots:
+        world.command("verify", repository)
         world.command("restore", repository, out)
         _compare_image(world, out, f"backup {how}, restore")
         remove(out)

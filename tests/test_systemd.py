@@ -85,7 +85,8 @@ def test_what_the_service_runs_serves_the_socket_of_systemd(
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(["systemd-socket-activate", "-l", socket, *line], stderr=log)
     try:
-        eventually(socket.exists)
+        # The socket is there a moment before anybody listens.
+        eventually(lambda: b"Listening on" in (tmp_path / "log").read_bytes())
         client = nbd.NBD()
         client.connect_uri(f"nbd+unix:///nightly?socket={socket}")
         assert client.get_size() == 1 << 20

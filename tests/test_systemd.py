@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shlex
 import shutil
 import signal
@@ -98,3 +99,26 @@ def test_what_the_service_runs_serves_the_socket_of_systemd(
     finally:
         process.kill()
     assert ("Read id=" in (tmp_path / "log").read_text()) == bool(options)
+
+
+def test_a_client_that_stays_does_not_keep_the_service(units: Path, tmp_path: Path) -> None:
+    """nbdkit waits for one that does not read; where it does not any more, the limit can go."""
+    assert "TimeoutStopSec=10" in (units / f"{NAME}.service").read_text().splitlines()
+    image = qemu.create(tmp_path / "disk.qcow2", 1 << 20)
+    qemu.take(image, "nightly")
+    socket, listens = tmp_path / "nbd.sock", tmp_path / "pid"
+    line = words(units / f"{NAME}.service", FILE=str(image))
+    process = subprocess.Popen([*line, "-U", socket, "-P", listens])
+    try:
+        eventually(listens.exists)
+        client = nbd.NBD()
+        client.connect_uri(f"nbd+unix:///nightly?socket={socket}")
+        client.aio_pread(nbd.Buffer(1 << 20), 0)  # more than the socket takes
+        select.select([client.aio_get_fd()], [], [])
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        del client
+        assert process.wait(60) == 0
+    finally:
+        process.kill()

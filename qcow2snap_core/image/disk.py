@@ -154,7 +154,8 @@ class Disk:
         )
 
     def prefetch(self, offset: int, length: int) -> None:
-        """Start to fetch what a read of the range will want; errors are left to that read."""
+        """Start to fetch what a read of the range will want; errors are left to that read, as some
+        of nbdkit's filters end the server when a prefetch fails (docs/upstream-nbdkit.md)."""
         try:
             length = min(length, _MOST_PREFETCHED)
             budget = Budget(_MOST_PREFETCHED_LOOKUPS)
@@ -165,7 +166,7 @@ class Disk:
                     began = thread_time_ns()
                     self._clusters.load(location, self._mapping.token, guest & -self.cluster_size)
                     budget.spend_since(began)
-        except Error:
+        except (Error, MemoryError):
             return
 
     def raw(self) -> RawDisk:

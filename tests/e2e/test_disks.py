@@ -125,15 +125,21 @@ def test_a_chain_longer_than_the_descriptors_is_refused_in_one_line(tmp_path: Pa
     assert "too many open files" in said
 
 
-def test_no_memory_is_an_error_of_the_request(disk: Path) -> None:
+def test_no_memory_is_an_error_of_the_request(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One thread of nbdkit for a connection: others would need memory before they come to us.
+    monkeypatch.setenv("QCOW2SNAP_NATIVE", "0")
     expected = qemu.content(disk, "s")
     with serve(file=disk) as server:
-        threads = server.threads()
-        with server.connect("s"):
-            pass
-        # A thread that the first client started imports what words an error.
-        eventually(lambda: server.threads() <= threads)
+        wait_until_it_can_word_errors(server)
         fails_for_lack_of_memory(server, expected)
+
+
+def wait_until_it_can_word_errors(server: Server) -> None:
+    """A thread that the first client starts imports what is needed for it."""
+    threads = server.threads()
+    with server.connect("s"):
+        pass
+    eventually(lambda: server.threads() <= threads)
 
 
 def fails_for_lack_of_memory(server: Server, expected: bytes) -> None:
@@ -144,6 +150,23 @@ def fails_for_lack_of_memory(server: Server, expected: bytes) -> None:
         fails_with_eio(server, lambda: client.pread(4 * KiB, LARGE), "out of memory")
         resource.prlimit(server.pid, resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
         assert client.pread(4 * KiB, LARGE) == expected[LARGE:][: 4 * KiB]
+
+
+def test_a_prefetch_for_which_there_is_no_memory_is_no_error(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under nbdkit's readahead one that fails would end the server with a SIGSEGV."""
+    monkeypatch.setenv("QCOW2SNAP_NATIVE", "0")
+    with serve(file=disk) as server:
+        wait_until_it_can_word_errors(server)
+        with server.connect("s") as client:
+            client.pread(4 * KiB, SIZE - LARGE)  # loads the tables
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            data = int(status.split("VmData:")[1].split()[0]) * KiB
+            resource.prlimit(server.pid, resource.RLIMIT_DATA, (data + MiB // 2, -1))
+            client.cache(4 * KiB, LARGE)
+            assert not server.log
+            fails_with_eio(server, lambda: client.pread(4 * KiB, LARGE), "out of memory")
 
 
 def test_a_dirty_image_is_served_and_that_is_said(disk: Path) -> None:

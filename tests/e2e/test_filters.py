@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,33 @@ def test_openonce_opens_each_export_once(disk: Path, tmp_path: Path) -> None:
             client.pread(512, 0)
         assert "was deleted" in server.log
         assert first(server, "two") == 2
+
+
+def test_readahead_goes_on_after_a_snapshot_was_deleted(disk: Path, tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(disk.read_bytes())
+    with serve(file=image, filters=("readahead",)) as server, server.connect("one") as client:
+        for at in range(0, 4 * 64 * KiB, 64 * KiB):
+            assert client.pread(64 * KiB, at) == bytes([1]) * 64 * KiB
+        qemu.delete(image, "one")
+        for at in range(4 * 64 * KiB, MiB, 64 * KiB):
+            with pytest.raises(nbd.Error, match="EIO"):
+                client.pread(64 * KiB, at)
+        assert first(server, "two") == 2
+
+
+def test_scan_does_nothing_and_says_so(disk: Path) -> None:
+    with serve(file=disk, filters=("scan",), snapshot="one") as server:
+        assert first(server, "") == 1
+        assert "scan: warning: not the default export" in server.log
+
+
+@pytest.mark.parametrize("prefetching", ["readahead", "scan"])
+@pytest.mark.parametrize("rate", ["0", "100%"])
+def test_nbdkit_does_not_survive_a_prefetch_that_fails(prefetching: str, rate: str) -> None:
+    """With its own plugin.  Where this fails, the recipe has to say since when."""
+    line = ["prlimit", "--core=0", "nbdkit", "-U", "-", f"--filter={prefetching}"]
+    line += ["--filter=error", "memory", "16M", f"error-cache-rate={rate}"]
+    line += ["--run", 'nbdcopy --no-extents --connections=1 "$uri" null:']
+    done = subprocess.run(line, capture_output=True, timeout=60, check=False)
+    assert (done.returncode == 0) is (rate == "0"), done.stderr

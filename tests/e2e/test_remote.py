@@ -15,7 +15,7 @@ from support.command import fails, qcow2snap
 from support.live import running
 from support.qemu import KiB, MiB, RandomImage
 from support.remote import remote, remote_tcp
-from support.running import eventually
+from support.running import eventually, listens
 from support.server import command, refused, serve
 
 from qcow2snap_core.image.opener import open_image
@@ -77,7 +77,7 @@ def test_it_makes_do_with_a_server_that_lets_further_connections_wait(image: Pat
     line = ["qemu-nbd", "-r", "-t", "-e", "2", "-f", "raw", "-k", socket, image]
     process = subprocess.Popen(line, stdin=subprocess.DEVNULL)
     try:
-        eventually(socket.exists)
+        eventually(lambda: listens(socket))
         with serve(file=f"nbd+unix://?socket={socket}", snapshot="two") as ours:
             assert ours.copy() == qemu.content(image, "two")
     finally:

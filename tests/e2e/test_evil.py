@@ -14,7 +14,7 @@ import pytest
 from support import qemu
 from support.qemu import KiB, MiB, RandomImage
 from support.remote import remote
-from support.server import Server, block_status, command, serve
+from support.server import Server, block_status, command, has_filter, serve
 
 EVIL = Path(__file__).resolve().parents[1] / "support" / "evil.py"
 SIZE = MiB
@@ -141,3 +141,22 @@ def test_a_server_that_errs_now_and_then(tmp_path: Path, image: Path) -> None:
         only_lines(ours.log)
         when.unlink()
         assert ours.read() == right
+
+
+@pytest.mark.skipif(not has_filter("evil"), reason="nbdkit has it since 1.36")
+@pytest.mark.parametrize("how", ["cosmic-rays", "stuck-bits", "stuck-wires"])
+@pytest.mark.parametrize("probability", ["1e-6", "1e-4"])
+def test_below_nbdkits_evil_filter(image: Path, how: str, probability: str) -> None:
+    """Where the wrong bits are in the metadata it is as above; in data they come as they are."""
+    wrong = (f"evil={how}", f"evil-probability={probability}", "evil-seed=1")
+    with remote("--filter=evil", "file", image, *wrong) as there:
+        line = [*command(file=there.uri), "--run", "true"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+        only_lines(done.stderr)
+        if done.returncode:
+            assert len(done.stderr.splitlines()) == 1
+            return
+        with serve(file=there.uri) as ours:
+            for name in ("one", "two"):
+                read_all(ours, name)
+            only_lines(ours.log)

@@ -11,12 +11,9 @@ import nbd
 import pytest
 from support import qemu
 from support.qemu import KiB, MiB
-from support.server import Server, serve
+from support.server import Server, has_filter, serve
 
 VERSION = tuple(map(int, re.findall(r"\d+", qemu.run("nbdkit", "--version"))[:2]))
-FILTERS = Path(
-    dict(x.split("=", 1) for x in qemu.run("nbdkit", "--dump-config").splitlines())["filterdir"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,7 @@ def test_with_one_snapshot_they_keep_what_is_right(disk: Path) -> None:
 
 
 def test_openonce_opens_each_export_once(disk: Path, tmp_path: Path) -> None:
-    if not (FILTERS / "nbdkit-openonce-filter.so").exists():
+    if not has_filter("openonce"):
         pytest.skip("nbdkit has it since 1.44")
     image = tmp_path / "disk.qcow2"
     image.write_bytes(disk.read_bytes())

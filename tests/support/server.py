@@ -119,6 +119,15 @@ class Server:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def has_filter(name: str) -> bool:
+    """Whether this nbdkit has it."""
+    said = subprocess.run(
+        ["nbdkit", "--dump-config"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    directory = dict(line.split("=", 1) for line in said.splitlines())["filterdir"]
+    return Path(directory, f"nbdkit-{name}-filter.so").exists()
+
+
 def block_status(
     handle: nbd.NBD, offset: int, length: int, flags: int = 0
 ) -> list[tuple[int, int, int]]:

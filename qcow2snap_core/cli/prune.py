@@ -30,7 +30,7 @@ from ..image.image import Image
 from ..tables.check import check
 from ..tables.keep import ALL, Policy, parse_duration, reasons_to_keep
 from ..tables.space import Freed, freed_together
-from ..util.interrupts import Interrupted, deferred
+from ..util.interrupts import Interrupted, deferred, interrupted
 from ..util.passphrase import read_passphrase
 from ..util.progress import progress
 from ..util.units import binary, counted
@@ -221,11 +221,12 @@ def _delete(image: Image, doomed: Sequence[Snapshot], by: Deleter, gone: list[Sn
             for snapshot in delete(image, doomed, by):
                 gone.append(snapshot)
                 advance(1)
-    except Error as e:
+    except (Error, Interrupted) as e:
+        # The signal may have reached qemu-img too, which then fails.
+        if isinstance(e, Interrupted) or interrupted():
+            say(f"stopped: {len(gone)} of {counted(len(doomed), 'snapshot')} were deleted")
+            raise
         raise type(e)(f"{e}: {len(gone)} of {len(doomed)} were deleted") from e
-    except Interrupted:
-        say(f"stopped: {len(gone)} of {counted(len(doomed), 'snapshot')} were deleted")
-        raise
 
 
 def _print(plan: _Plan, args: argparse.Namespace) -> None:

@@ -517,6 +517,23 @@ def test_ctrl_c_stops_between_two(tmp_path: Path) -> None:
     assert qemu.content(path, "n59") == kept
 
 
+def test_ctrl_c_that_reaches_qemu_img_too(
+    tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its start and its own process group it belongs to ours."""
+    before = names(disk)
+    wrapper = tmp_path / "bin" / "qemu-img"
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nkill -INT $$\n")
+    wrapper.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+        done = run("prune", disk, *RULES)
+    assert done.returncode == 130
+    assert re.fullmatch(r"qcow2snap: stopped: 0 of \d snapshots were deleted\n", done.stderr)
+    assert names(disk) == before
+
+
 # --- With a running QEMU ---
 
 

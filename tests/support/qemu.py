@@ -11,6 +11,8 @@ import random
 import shutil
 import struct
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,24 @@ from qcow2snap_core.storage.local import open_storage
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 
+def measured(
+    once: Callable[[], subprocess.CompletedProcess[str]],
+) -> subprocess.CompletedProcess[str]:
+    """How a tool ended that can be run again.  QEMU 7.2 cannot always measure how fast PBKDF2 is on
+    a busy machine; it is tried again a little later each time, since ten tries at once have failed
+    together."""
+    for attempt in range(10):
+        time.sleep(0.1 * attempt)
+        done = once()
+        if "Unable to get accurate CPU usage" not in done.stderr:
+            break
+    return done
+
+
 def run(*command: object, **kwargs: Any) -> str:
     """The standard output of a command that must succeed."""
-    for _ in range(10):
-        done = subprocess.run(
+    done = measured(
+        lambda: subprocess.run(
             [str(c) for c in command],
             capture_output=True,
             text=True,
@@ -34,9 +50,7 @@ def run(*command: object, **kwargs: Any) -> str:
             check=False,
             **kwargs,
         )
-        # QEMU 7.2, when it measures how fast PBKDF2 is on a busy machine.
-        if "Unable to get accurate CPU usage" not in done.stderr:
-            break
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -12,7 +12,6 @@ import random
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -89,13 +88,9 @@ def _version() -> str:
 
 
 def _run(command: list[str]) -> None:
-    """Tried again where QEMU could not measure, a little later each time: ten tries at once have
-    failed together."""
-    for attempt in range(10):
-        time.sleep(0.1 * attempt)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if "accurate CPU usage" not in done.stderr:
-            break
+    done = qemu.measured(
+        lambda: subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    )
     if done.returncode:
         raise Refused(done.stderr.strip())
 

@@ -34,7 +34,6 @@ from . import steps
 from .program import Program, Step
 
 _PATIENCE = 30  # seconds for a command of QEMU's
-_RETRIES = 10  # of "qemu-img create", which may fail to measure how fast PBKDF2 is
 _INCOMPATIBLE = 72 + 7  # of the header: the low byte of the feature bits
 _DIRTY = 1
 
@@ -93,13 +92,10 @@ class World:
             with contextlib.suppress(KeyError, FileNotFoundError):
                 steps.OWN[step[0]](*step[1:])
             return
-        for _ in range(_RETRIES):
-            try:
-                done = self.run(*step)
-            except subprocess.TimeoutExpired as e:
-                raise Hung(str(e)) from e
-            if "accurate CPU usage" not in done.stderr:
-                break
+        try:
+            done = qemu.measured(lambda: self.run(*step))
+        except subprocess.TimeoutExpired as e:
+            raise Hung(str(e)) from e
         if done.returncode < 0:
             self.notes["steps that ended a tool of QEMU's by a signal"] += 1
         elif done.returncode:

@@ -12,12 +12,12 @@ import os
 
 from ..errors import UsageError, escaped
 from ..files.extract import Limits, extract
-from ..files.tree import MOST_ENTRIES, find
+from ..files.tree import find
 from ..transfer.judge import ensure_writable
 from ..util.interrupts import deferred
 from ..util.units import binary, counted
 from .common import open_from
-from .guest import add_guest_options, add_place, filesystem, guest_path
+from .guest import add_guest_options, add_max_files, add_place, filesystem, guest_path
 from .parser import SIZE
 from .streams import say
 
@@ -38,13 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--as", dest="name", metavar="NAME", help="the name in DIR, if not that in the guest"
     )
     parser.add_argument("--force", action="store_true", help="replace existing files")
-    parser.add_argument(
-        "--max-files",
-        metavar="N",
-        type=int,
-        default=MOST_ENTRIES,
-        help="write nothing if there are more entries",
-    )
+    add_max_files(parser, "write nothing if there are more entries")
     parser.add_argument(
         "--max-bytes", metavar="SIZE", type=SIZE, help="write nothing if there are more bytes"
     )

@@ -8,7 +8,7 @@ import stat
 from datetime import datetime
 
 from ..errors import UsageError
-from ..files.tree import Filesystem, Node
+from ..files.tree import MOST_ENTRIES, Filesystem, Node
 from ..files.volumes import BACKENDS, How, open_filesystem
 from ..image.image import Image
 from .common import add_image_options, disk_named
@@ -23,6 +23,11 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         help="read the filesystem without replaying its journal",
     )
     add_image_options(parser)
+
+
+def add_max_files(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option that bounds how many entries are met; ``what`` happens if there are more."""
+    parser.add_argument("--max-files", metavar="N", type=int, default=MOST_ENTRIES, help=what)
 
 
 def add_place(parser: argparse.ArgumentParser, *, needed: bool) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import escaped
-from ..files.tree import MOST_ENTRIES, Filesystem, Kind, Node, Unreadable, find, walk
+from ..files.tree import Filesystem, Kind, Node, Unreadable, find, walk
 from .common import open_from, print_json
-from .guest import add_guest_options, add_place, filesystem, guest_path, long_line
+from .guest import add_guest_options, add_max_files, add_place, filesystem, guest_path, long_line
 from .text import print_table
 
 HELP = "list the files in a snapshot"
@@ -26,13 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_place(parser, needed=False)
     parser.add_argument("-R", "--recursive", action="store_true", help="list everything below PATH")
     parser.add_argument("--json", action="store_true", help="print one JSON array")
-    parser.add_argument(
-        "--max-files",
-        metavar="N",
-        type=int,
-        default=MOST_ENTRIES,
-        help="give up after so many entries",
-    )
+    add_max_files(parser, "give up after so many entries")
     add_guest_options(parser)
 
 

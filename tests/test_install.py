@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import qemu
-from support.server import ROOT
+from support.server import ROOT, nbdkit_config
 
 import qcow2snap_core
 
@@ -29,11 +29,6 @@ def make(target: str, **variables: object) -> str:
 
 def files(root: Path) -> set[str]:
     return {str(f.relative_to(root)) for f in root.rglob("*") if f.is_file() or f.is_symlink()}
-
-
-def nbdkit_config(key: str) -> str:
-    lines = qemu.run("nbdkit", "--dump-config").splitlines()
-    return dict(line.split("=", 1) for line in lines)[key]
 
 
 @pytest.fixture(scope="module")

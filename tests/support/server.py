@@ -119,13 +119,15 @@ class Server:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def nbdkit_config(key: str) -> str:
+    """What this nbdkit was built with."""
+    line = ["nbdkit", "--dump-config"]
+    said = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return dict(line.split("=", 1) for line in said.splitlines())[key]
+
+
 def has_filter(name: str) -> bool:
-    """Whether this nbdkit has it."""
-    said = subprocess.run(
-        ["nbdkit", "--dump-config"], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    directory = dict(line.split("=", 1) for line in said.splitlines())["filterdir"]
-    return Path(directory, f"nbdkit-{name}-filter.so").exists()
+    return Path(nbdkit_config("filterdir"), f"nbdkit-{name}-filter.so").exists()
 
 
 def block_status(
